@@ -1,0 +1,243 @@
+"""The command line: `python -m bdlib train | evaluate | defend | data | bench`, each with --help.
+
+python -m bdlib train --attack badnets --rate 0.1
+python -m bdlib defend --attack badnets --defense anp --seed 3 --json
+python -m bdlib data list
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from bdlib import __version__
+
+ATTACKS = ("badnets", "blend")
+DEFENSES = ("anp", "ft", "fp")
+
+
+def _attack(args: argparse.Namespace, target: int) -> Any:
+    from bdlib.attacks import BadNets, Blend
+
+    if args.attack == "none":
+        return None
+    attack = {"badnets": BadNets, "blend": Blend}[args.attack](target if args.target is None else args.target)
+    chosen = {"rate": args.rate, "mode": args.mode}
+    return replace(attack, **{k: v for k, v in chosen.items() if v is not None})
+
+
+def _defense(args: argparse.Namespace) -> Any:
+    from bdlib.defenses import ANP, FP, FT
+
+    defense = getattr({"anp": ANP, "ft": FT, "fp": FP}[args.defense], args.preset)()
+    given = {}
+    for item in args.set or []:
+        name, _, text = item.partition("=")
+        allowed = {f.name: getattr(defense, f.name) for f in fields(defense)}
+        if name not in allowed:
+            raise ValueError(f"--set {item}: {args.defense} has no field {name!r}; it has {', '.join(allowed)}")
+        try:
+            given[name] = json.loads(text)
+        except json.JSONDecodeError:
+            raise ValueError(f"--set {item}: {text!r} is neither a number nor true, false or null") from None
+    return replace(defense, **given)
+
+
+def _lab(args: argparse.Namespace) -> Any:
+    from bdlib.lab import SCALES, Lab
+
+    recipe = None
+    scale = args.scale or ("small" if args.dataset in (None, "signs") and args.network in (None, "small") else None)
+    if args.epochs is not None or args.batch is not None or args.lr is not None:
+        base = SCALES[scale or "small"].recipe
+        chosen = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr}
+        recipe = replace(base, **{k: v for k, v in chosen.items() if v is not None})
+    return Lab(scale, device=args.device, dataset=args.dataset, network=args.network, recipe=recipe, verify=args.verify)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _show(title: str, rows: dict[str, Any]) -> str:
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {k:<{width}}  {v}" for k, v in rows.items())])
+
+
+def _scored(model: Any, lab: Any, trigger: Any) -> dict[str, Any]:
+    from bdlib.metrics import accuracy, evaluate
+
+    if trigger is None:
+        return {"acc": accuracy(model, lab.test)}
+    return evaluate(model, lab.test, trigger).asdict()
+
+
+def _rows(scores: dict[str, Any]) -> dict[str, str]:
+    names = {"acc": "ACC", "asr": "ASR", "ra": "RA", "target_acc": "ACC of the target class"}
+    return {names[k]: _percent(v) for k, v in scores.items() if k in names}
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a victim, or find it in the store, and score it."""
+    lab = _lab(args)
+    victim = lab.victim(_attack(args, lab.target), seed=args.seed)
+    scores = _scored(victim.model, lab, victim.trigger)
+    record = {**victim.facts, **scores}
+    rows = {"attack": record["attack"], "poisoned images": len(victim.indices), **_rows(scores),
+            "trained in": f"{record['seconds']:.0f} s on {record['device']} ({record['dtype']})"}  # fmt: skip
+    return {"record": record, "text": _show(f"victim: {lab.scale.network} on {lab.scale.dataset}", rows)}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Score a victim, beside a cleanly trained network on the same triggered images."""
+    lab = _lab(args)
+    attack = _attack(args, lab.target)
+    if attack is None:
+        raise ValueError("--attack none has no trigger to evaluate; name an attack")
+    victim, clean = lab.victim(attack, seed=args.seed), lab.victim(None, seed=args.seed)
+    scores, floor = _scored(victim.model, lab, victim.trigger), _scored(clean.model, lab, victim.trigger)
+    rows = {k: f"{v}   (clean network: {_rows(floor)[k]})" for k, v in _rows(scores).items()}
+    return {"record": {**victim.facts, **scores, "clean_network": floor}, "text": _show(repr(attack), rows)}
+
+
+def defend(args: argparse.Namespace) -> dict[str, Any]:
+    """Repair a victim with clean images, and score it before and after."""
+    from bdlib.metrics import Scores, der
+    from bdlib.provenance import fingerprint, run_info
+
+    lab = _lab(args)
+    attack, defense = _attack(args, lab.target), _defense(args)
+    victim = lab.victim(attack, seed=args.seed)
+    clean = lab.clean(count=args.clean, per_class=args.per_class, seed=args.seed)
+    repair = defense(victim.model, clean, seed=args.seed)
+    before, after = (_scored(m, lab, victim.trigger) for m in (victim.model, repair.model))
+    rating = {} if attack is None else {"der": der(Scores(**before), Scores(**after))}
+    chosen = {k: repair.details[k] for k in ("threshold", "pruned") if k in repair.details}
+    record = {
+        "dataset": lab.scale.dataset, "network": lab.scale.network, "attack": repr(attack), "defense": repr(defense),
+        "seed": args.seed, "clean_images": len(clean), "notes": list(lab.train.notes), "before": before, "after": after,
+        **rating, **chosen, "seconds": repair.seconds, **run_info(lab.device),
+        "code": fingerprint("bdlib.lab", type(defense).__module__),
+    }  # fmt: skip
+    first, second = _rows(before), _rows(after)
+    rows = {k: f"{first[k]:>8} -> {second[k]:>8}" for k in first}
+    rows |= {"DER": f"{rating['der']:.3f}"} if rating else {}
+    rows |= {k: str(v) for k, v in chosen.items()} | {"seconds": f"{repair.seconds:.0f}"}
+    return {"record": record, "text": _show(f"{defense!r}\non {attack!r}, {len(clean)} clean images", rows)}
+
+
+def data(args: argparse.Namespace) -> dict[str, Any]:
+    """List the data sets, fetch one, or write a preview picture."""
+    from bdlib import data as sets
+
+    if args.action == "list":
+        found = sets.status()
+        rows = {
+            s["name"]: "  ".join(str(v) for k, v in s.items() if k != "name" and v not in (None, "")) for s in found
+        }
+        return {"record": found, "text": _show("data sets", rows)}
+    if not args.name:
+        raise ValueError(f"data {args.action} needs the name of a set: {', '.join(sets.names())}")
+    loaded = sets.load(args.name, verify=args.verify)
+    facts = {
+        "name": args.name, "train": len(loaded.train), "test": len(loaded.test), "classes": len(loaded.train.classes),
+        "shape": loaded.train.shape, "notes": list(loaded.train.notes),
+    }  # fmt: skip
+    if args.action == "preview":
+        from bdlib import plots
+
+        x, y = loaded.train.images, loaded.train.labels
+        views = [x[y == k][:8] for k in range(len(loaded.train.classes))]
+        figure = plots.images(views, rows=list(loaded.train.classes))
+        figure.savefig(args.output, dpi=150)
+        facts["picture"] = args.output
+    return {"record": facts, "text": _show(args.name, {k: str(v) for k, v in facts.items() if k != "name"})}
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the records of the book, or measure speed on this machine."""
+    from bdlib import bench as benchmark
+    from bdlib.lab import Lab
+
+    if args.what == "speed":
+        from bdlib import speed
+
+        result = speed.measure()
+        return {"record": result, "text": speed.report(result)}
+    lab = Lab("small", device="cpu")
+    failed = 0 if args.list else benchmark.make(lab, only=args.only)
+    rows: dict[str, list[int]] = {}
+    for cell, _, record in benchmark.status(lab, only=args.only):
+        there = rows.setdefault(cell.experiment, [0, 0])
+        there[record is None] += 1
+    if failed:
+        raise RuntimeError(f"{failed} cells failed; their records carry the error, the next call tries them again")
+    text = {k: f"{there} there, {missing} missing or stale" for k, (there, missing) in rows.items()}
+    return {"record": rows, "text": _show("records", text)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m bdlib", description="Backdoor attacks and defences on small images.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(run=function)
+        sub.add_argument("--json", action="store_true", help="print the record as JSON")
+        sub.add_argument("--no-verify", dest="verify", action="store_false", help="accept data whose checksum differs")
+        return sub
+
+    for function in (train, evaluate, defend):
+        sub = command(function)
+        sub.add_argument("--attack", choices=(*ATTACKS, "none"), default="badnets")
+        sub.add_argument("--rate", type=float, help="poison rate, share of all training images (default 0.1)")
+        sub.add_argument("--target", type=int, help="target label (default: the book's choice for the data set)")
+        sub.add_argument("--mode", choices=("all-to-one", "all-to-all"), help="label map (default all-to-one)")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--scale", choices=("small", "full"), help="default: BDLIB_SCALE, else small")
+        sub.add_argument("--dataset", help="override the scale's data set")
+        sub.add_argument("--network", help="override the scale's network")
+        sub.add_argument("--device", help="cpu, cuda (default: BDLIB_DEVICE, else a GPU if there is one)")
+        sub.add_argument("--epochs", type=int, help="override the scale's epochs")
+        sub.add_argument("--batch", type=int, help="override the scale's batch size")
+        sub.add_argument("--lr", type=float, help="override the scale's peak learning rate")
+        if function is defend:
+            sub.add_argument("--defense", "--defence", choices=DEFENSES, default="anp")
+            sub.add_argument("--preset", choices=("paper", "official", "small"), default="small")
+            sub.add_argument("--set", action="append", metavar="FIELD=VALUE", help="override a field of the defence")
+            budget = sub.add_mutually_exclusive_group()
+            budget.add_argument("--clean", type=int, help="number of clean images (default: the scale's)")
+            budget.add_argument("--per-class", type=int, help="clean images of each class")
+    sub = command(data)
+    sub.add_argument("action", choices=("list", "fetch", "preview"))
+    sub.add_argument("name", nargs="?", help="data set, for fetch and preview")
+    sub.add_argument("-o", "--output", default="preview.png", help="picture written by preview")
+    sub = command(bench)
+    sub.add_argument("what", choices=("records", "speed"))
+    sub.add_argument("--list", action="store_true", help="say what is there; compute nothing")
+    sub.add_argument("--only", default="", metavar="TEXT", help="experiments whose name contains this")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+    try:
+        result = args.run(args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was stored before is intact", file=sys.stderr)
+        return 130
+    print(json.dumps(result["record"], indent=2) if args.json else result["text"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

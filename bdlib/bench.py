@@ -1,0 +1,199 @@
+"""Records: every number of the book that no chapter computes live, one atomic record a cell, resumable.
+
+    python -m bdlib bench records            # make what is missing or stale in book/results/small
+    python -m bdlib bench records --list     # say what is there, missing, stale
+
+A cell is an attack, a defence (or none), a clean budget and a seed. Its key is a hash of these, of the data and of the
+code that computes it; a record whose key is no longer asked for is dropped.
+"""
+
+import json
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from bdlib import files, provenance, store
+from bdlib.attacks.badnets import BadNets
+from bdlib.attacks.blend import Blend
+from bdlib.defenses.anp import ANP
+from bdlib.defenses.fp import FP
+from bdlib.defenses.ft import FT
+from bdlib.lab import Lab
+from bdlib.metrics import Scores, accuracy, der, evaluate
+from bdlib.neurons import curve, grid
+
+SEEDS = (3, 4, 5)  # 0 to 2 were used to settle data set, network and recipes
+RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "small"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment on one seed.
+
+    Args:
+        experiment: the file it goes to, ``book/results/small/{experiment}.json``.
+        label: what varies, as the figure shows it, e.g. ``{"lr": 0.02}``.
+        attack: poisons the victim; None for a clean victim, which is scored under the triggers of both attacks.
+        defense: repairs the victim; None scores the victim itself.
+        clean: the defender's budget, ``{"count": 500}`` or ``{"per_class": 10}``.
+    """
+
+    experiment: str
+    label: dict[str, Any]
+    attack: Any
+    defense: Any
+    seed: int
+    clean: tuple[tuple[str, int], ...] = ()
+
+
+def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """Every cell that the chapters of this edition read, the most telling first."""
+    badnets, blend = BadNets(target=target), Blend(target=target)
+    both: dict[str, Any] = {"BadNets": badnets, "Blend": blend}
+    out: list[Cell] = []
+
+    def add(experiment: str, label: dict[str, Any], attack: Any, defense: Any, **clean: int) -> None:
+        out.extend(Cell(experiment, label, attack, defense, s, tuple(clean.items())) for s in seeds)
+
+    add("victims", {"attack": "none"}, None, None)
+    for name, attack in both.items():
+        add("victims", {"attack": name}, attack, None)
+    for name, attack in both.items():
+        add("defences", {"attack": name, "defence": "ANP"}, attack, ANP.small())
+        add("defences", {"attack": name, "defence": "FP"}, attack, FP.small())
+        for lr in (0.005, 0.01, 0.02, 0.05, 0.1):
+            add("ft-lr", {"attack": name, "lr": lr}, attack, replace(FT.small(), lr=lr))
+    add("anp-clean-model", {"attack": "none"}, None, ANP.small())
+    for eps in (0.0, 0.1, 0.2, 0.8):
+        add("anp-eps", {"eps": eps}, badnets, replace(ANP.small(), eps=eps))
+    for per_class in (5, 10, 20):
+        add("anp-budget", {"per_class": per_class}, badnets, ANP.small(), per_class=per_class)
+    variants = {
+        "random noise": {"adversarial": False},
+        "no projection": {"project": False},
+        "running statistics": {"batch_statistics": False},
+    }
+    for name, change in variants.items():
+        add("anp-variants", {"variant": name}, badnets, replace(ANP.small(), **change))
+    for rate in (0.002, 0.005, 0.01, 0.03):
+        for name, attack in both.items():
+            add("poison-rate", {"attack": name, "rate": rate}, replace(attack, rate=rate), None)
+    return out
+
+
+@cache
+def _code(*modules: str) -> str:
+    return provenance.fingerprint("bdlib.metrics", "bdlib.neurons", "bdlib.training", "bdlib.models", *modules)
+
+
+def cell_key(cell: Cell, lab: Lab) -> str:
+    """What a record must carry to be current: cell, data, scale and the code that computes it."""
+    modules = [type(m).__module__ for m in (cell.attack, cell.defense) if m is not None]
+    data = [part.fingerprint() for part in (lab.train, lab.pool, lab.test)]
+    return store.key(cell=repr(cell), data=data, scale=repr(lab.scale), code=_code(*modules))
+
+
+def run(cell: Cell, lab: Lab) -> dict[str, Any]:
+    """Compute one cell: train or find its victim, repair it, score both.
+
+    Returns:
+        A record: label, seed, attack, defence, clean_images, before, after (scores), der, threshold, pruned, choice
+        (the defender's curve), oracle (ACC and ASR against the threshold), seconds, and the provenance of the run.
+    """
+    victim = lab.victim(cell.attack, seed=cell.seed)
+    record: dict[str, Any] = {"label": cell.label, "seed": cell.seed, "attack": repr(cell.attack)}
+    if cell.attack is None:  # the floor: what a clean network says to the same triggers
+        for attack in (BadNets(target=lab.target), Blend(target=lab.target)):
+            trigger = attack.trigger(lab.train.shape, len(lab.train.classes), cell.seed)
+            record[type(attack).__name__] = evaluate(victim.model, lab.test, trigger).asdict()
+        record["before"] = {"acc": accuracy(victim.model, lab.test)}
+    else:
+        record["before"] = evaluate(victim.model, lab.test, victim.trigger).asdict()  # type: ignore[arg-type]
+    record["train_seconds"] = victim.facts["seconds"]
+    if cell.defense is not None:
+        clean = lab.clean(**dict(cell.clean), seed=cell.seed)
+        repair = cell.defense(victim.model, clean, seed=cell.seed)
+        record |= {"defence": repr(cell.defense), "clean_images": len(clean), "seconds": repair.seconds}
+        record |= {k: repair.details[k] for k in ("threshold", "pruned", "choice") if k in repair.details}
+        if victim.trigger is None:
+            record["after"] = {"acc": accuracy(repair.model, lab.test)}
+        else:
+            after = evaluate(repair.model, lab.test, victim.trigger)
+            record |= {"after": after.asdict(), "der": der(Scores(**record["before"]), after)}
+            if masks := repair.details.get("masks"):
+                record["oracle"] = curve(victim.model, masks, grid(), lab.test, victim.trigger)
+    return _rounded(record) | provenance.run_info(lab.device)
+
+
+def _rounded(value: Any) -> Any:
+    """Four decimals are more than 2,000 test images can tell apart, and keep the files small."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def read(experiment: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The records of an experiment, as chapters read them; a damaged file is reported and counts as empty.
+
+    Raises:
+        FileNotFoundError: no such experiment.
+    """
+    path = folder / f"{experiment}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
+        raise FileNotFoundError(f"no records {path}; there are: {there}. `make records` makes them") from None
+    except ValueError as error:
+        warnings.warn(f"{path} is damaged ({error}); its records are made anew", stacklevel=2)
+        return []
+
+
+def status(lab: Lab, folder: Path = RESULTS, only: str = "") -> Iterator[tuple[Cell, str, dict[str, Any] | None]]:
+    """Each cell with its key and its current record, or None where that is missing, stale or failed."""
+    known: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell in cells(lab.target):
+        if only in cell.experiment:
+            if cell.experiment not in known:
+                there = read(cell.experiment, folder) if (folder / f"{cell.experiment}.json").exists() else []
+                known[cell.experiment] = {r.get("key", ""): r for r in there if "error" not in r}
+            key = cell_key(cell, lab)
+            yield cell, key, known[cell.experiment].get(key)
+
+
+def make(lab: Lab, folder: Path = RESULTS, only: str = "") -> int:
+    """Compute what is missing, write after every cell. Returns the number of cells that failed.
+
+    A failing cell is recorded with its error and tried again by the next call; Ctrl-C loses at most one cell.
+    """
+    todo = list(status(lab, folder, only))
+    done = {key: record for _, key, record in todo if record is not None}
+    files_of: dict[str, list[str]] = {}
+    for cell, key, _ in todo:
+        files_of.setdefault(cell.experiment, []).append(key)
+    failed = 0
+    for cell, key, record in tqdm(todo, desc="records"):
+        if record is not None:
+            continue
+        try:
+            done[key] = {"key": key, **run(cell, lab)}
+        except Exception as error:  # one bad cell must not cost the others
+            failed += 1
+            done[key] = {
+                "key": key,
+                "label": cell.label,
+                "seed": cell.seed,
+                "error": f"{type(error).__name__}: {error}",
+            }
+            warnings.warn(f"{cell}: {traceback.format_exc(limit=3)}", stacklevel=2)
+        rows = [json.dumps(done[k]) for k in files_of[cell.experiment] if k in done]
+        files.write_bytes(folder / f"{cell.experiment}.json", ("[\n" + ",\n".join(rows) + "\n]\n").encode())
+    return failed
