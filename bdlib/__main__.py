@@ -7,13 +7,15 @@ python -m bdlib data list
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from bdlib import __version__
+from bdlib import __version__, files
 
 ATTACKS = ("badnets", "blend")
 DEFENSES = ("anp", "ft", "fp")
@@ -50,9 +52,10 @@ def _lab(args: argparse.Namespace) -> Any:
     from bdlib.lab import SCALES, Lab
 
     recipe = None
-    scale = args.scale or ("small" if args.dataset in (None, "signs") and args.network in (None, "small") else None)
+    # a downloaded set takes the full scale's reserve and recipe, whatever the network
+    scale = args.scale or ("full" if args.dataset not in (None, "signs", "digits") else None)
     if args.epochs is not None or args.batch is not None or args.lr is not None:
-        base = SCALES[scale or "small"].recipe
+        base = SCALES[scale or os.environ.get("BDLIB_SCALE", "small")].recipe
         chosen = {"epochs": args.epochs, "batch": args.batch, "lr": args.lr}
         recipe = replace(base, **{k: v for k, v in chosen.items() if v is not None})
     return Lab(scale, device=args.device, dataset=args.dataset, network=args.network, recipe=recipe, verify=args.verify)
@@ -205,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--epochs", type=int, help="override the scale's epochs")
         sub.add_argument("--batch", type=int, help="override the scale's batch size")
         sub.add_argument("--lr", type=float, help="override the scale's peak learning rate")
+        sub.add_argument("--record", metavar="FILE", help="also append the record to this JSON Lines file")
         if function is defend:
             sub.add_argument("--defense", "--defence", choices=DEFENSES, default="anp")
             sub.add_argument("--preset", choices=("paper", "official", "small"), default="small")
@@ -235,6 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what was stored before is intact", file=sys.stderr)
         return 130
+    if getattr(args, "record", None):
+        path = Path(args.record)
+        lines = path.read_text(encoding="utf-8") if path.exists() else ""
+        files.write_bytes(path, f"{lines}{json.dumps({'command': args.command, **result['record']})}\n".encode())
     print(json.dumps(result["record"], indent=2) if args.json else result["text"])
     return 0
 

@@ -18,8 +18,8 @@ class Blend:
     """``x' = (1 - alpha) x + alpha k`` with one fixed image k of uniform noise.
 
     The public benchmarks blend in a trademarked picture; the ANP release uses fixed noise, as here. (The code of NAD
-    and RNP draws new noise for every image: not a fixed trigger, and a different attack.) Introduced in chapter "What is
-    a backdoor?"; source: csdongxian/ANP_backdoor @ ec7b179.
+    and RNP draws new noise for every image: not a fixed trigger, and a different attack.) Introduced in chapter "What
+    is a backdoor?"; source: csdongxian/ANP_backdoor @ ec7b179.
 
     Args:
         target: label the attacker wants (all-to-one).
