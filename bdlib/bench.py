@@ -8,6 +8,7 @@ code that computes it; a record whose key is no longer asked for is dropped.
 """
 
 import json
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,10 +71,8 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         for lr in (0.005, 0.01, 0.02, 0.05, 0.1):
             add("ft-lr", {"attack": name, "lr": lr}, attack, replace(FT.small(), lr=lr))
     add("anp-clean-model", {"attack": "none"}, None, ANP.small())
-    for eps in (0.0, 0.1, 0.2, 0.8):
+    for eps in (0.0, 0.1, 0.8):
         add("anp-eps", {"eps": eps}, badnets, replace(ANP.small(), eps=eps))
-    for per_class in (5, 10, 20):
-        add("anp-budget", {"per_class": per_class}, badnets, ANP.small(), per_class=per_class)
     variants = {
         "random noise": {"adversarial": False},
         "no projection": {"project": False},
@@ -81,9 +80,11 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     }
     for name, change in variants.items():
         add("anp-variants", {"variant": name}, badnets, replace(ANP.small(), **change))
-    for rate in (0.002, 0.005, 0.01, 0.03):
+    for rate in (0.002, 0.01, 0.03):
         for name, attack in both.items():
             add("poison-rate", {"attack": name, "rate": rate}, replace(attack, rate=rate), None)
+    for per_class in (5, 20):
+        add("anp-budget", {"per_class": per_class}, badnets, ANP.small(), per_class=per_class)
     return out
 
 
@@ -104,7 +105,7 @@ def run(cell: Cell, lab: Lab) -> dict[str, Any]:
 
     Returns:
         A record: label, seed, attack, defence, clean_images, before, after (scores), der, threshold, pruned, choice
-        (the defender's curve), oracle (ACC and ASR against the threshold), seconds, and the provenance of the run.
+        (the defender's curve), oracle (ACC and ASR against the threshold), cpu_seconds, and the provenance of the run.
     """
     victim = lab.victim(cell.attack, seed=cell.seed)
     record: dict[str, Any] = {"label": cell.label, "seed": cell.seed, "attack": repr(cell.attack)}
@@ -115,11 +116,13 @@ def run(cell: Cell, lab: Lab) -> dict[str, Any]:
         record["before"] = {"acc": accuracy(victim.model, lab.test)}
     else:
         record["before"] = evaluate(victim.model, lab.test, victim.trigger).asdict()  # type: ignore[arg-type]
-    record["train_seconds"] = victim.facts["seconds"]
+    record["train_cpu_seconds"] = victim.facts["cpu_seconds"]
     if cell.defense is not None:
         clean = lab.clean(**dict(cell.clean), seed=cell.seed)
+        start = time.process_time()  # of all threads: it does not grow when the machine is shared
         repair = cell.defense(victim.model, clean, seed=cell.seed)
-        record |= {"defence": repr(cell.defense), "clean_images": len(clean), "seconds": repair.seconds}
+        cpu_seconds = time.process_time() - start
+        record |= {"defence": repr(cell.defense), "clean_images": len(clean), "cpu_seconds": cpu_seconds}
         record |= {k: repair.details[k] for k in ("threshold", "pruned", "choice") if k in repair.details}
         if victim.trigger is None:
             record["after"] = {"acc": accuracy(repair.model, lab.test)}

@@ -10,6 +10,7 @@ BDLIB_DEVICE overrides the device.
 """
 
 import os
+import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -196,12 +197,13 @@ class Lab:
             net.to(memory_format=torch.channels_last).to(self.device).eval()
             return Victim(net, trigger, tensors["indices"].to(self.device), facts.pop("log"), facts)
         poisoned = None if attack is None else attack.poison(self.train, seed=seed)
+        start = time.process_time()
         log = fit(net, self.train if poisoned is None else poisoned.data, self.scale.recipe, seed=seed, note="victim")
         indices = torch.empty(0, dtype=torch.int64) if poisoned is None else poisoned.indices
         trigger = None if poisoned is None else poisoned.trigger
         facts = {
             **config, "notes": list(self.train.notes), "recipe_fields": asdict(self.scale.recipe),
-            "seconds": sum(r["seconds"] for r in log), **provenance.run_info(self.device),
+            "seconds": sum(r["seconds"] for r in log), "cpu_seconds": time.process_time() - start, **provenance.run_info(self.device),
         }  # fmt: skip
         tensors = {f"model.{n}": t for n, t in net.state_dict().items()} | {"indices": indices}
         tensors |= {f"trigger.{n}": t for n, t in trigger.state_dict().items()} if trigger is not None else {}

@@ -25,7 +25,8 @@ class BadNets:
         mode: "all-to-one" (every label becomes `target`) or "all-to-all" (y becomes y + 1 mod K).
         pattern: "white" (BackdoorBench), "checker" (rows 001, 010, 101 with 1 = white: the NAD and ANP code).
         size: side of the patch in pixels, or None for 3 at 32x32, scaled with the image.
-        offset: pixels between the patch and the border.
+        offset: pixels between the patch and the border. The default 1 keeps the whole patch in every view under the
+            crops of `signs` (pad 1), and in more views than 0 does under pad 4 (44 against 31 %); 0 is flush.
         include_target: whether images of the target class may be drawn too.
     """
 
@@ -34,7 +35,7 @@ class BadNets:
     mode: Literal["all-to-one", "all-to-all"] = "all-to-one"
     pattern: Literal["white", "checker"] = "checker"
     size: int | None = None
-    offset: int = 0
+    offset: int = 1
     include_target: bool = True
 
     def __post_init__(self) -> None:
@@ -48,16 +49,16 @@ class BadNets:
 
     @classmethod
     def paper(cls, target: int = 0) -> "BadNets":
-        """The field's default: white 3x3 patch, 10 % of all images (BackdoorBench; Gu et al. vary rate and patch)."""
-        return cls(target, 0.1, pattern="white")
+        """The field's default: white 3x3 patch flush with the corner, 10 % of all images (BackdoorBench @ f02e353)."""
+        return cls(target, 0.1, pattern="white", offset=0)
 
     @classmethod
     def official(cls, target: int = 0) -> "BadNets":
-        """As in the ANP release: checkered patch, 5 % of the images of the other classes
+        """As in the ANP release: checkered patch flush with the corner, 5 % of the images of the other classes
 
         (which is 4.5 % of a balanced ten-class set, and `rate` counts all images).
         """
-        return cls(target, 0.045, pattern="checker", include_target=False)
+        return cls(target, 0.045, pattern="checker", offset=0, include_target=False)
 
     def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Trigger:
         """The trigger for images of shape ``(C, H, W)``; it does not depend on the seed.

@@ -125,7 +125,7 @@ class CleanSet:
     """
 
     images: ImageSet
-    held_out: float = 0.2
+    held_out: float = 0.3
 
     def __post_init__(self) -> None:
         if len(self.images) < FOLDS:
@@ -164,7 +164,7 @@ def clean_set(
     count: int | None = None,
     fraction: float | None = None,
     per_class: int | None = None,
-    held_out: float = 0.2,
+    held_out: float = 0.3,
     seed: int = 0,
 ) -> CleanSet:
     """Draw the defender's clean images from `pool`: exactly one of the three budgets.
