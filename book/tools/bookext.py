@@ -1,0 +1,93 @@
+"""The book's own Sphinx extension: what Jupyter Book does not do.
+
+``{seconds}`02-anp` `` in a page becomes the seconds that the chapter took in the last `make execute`, from
+book/results/notebook_seconds.json: the heads of the chapters never type them.
+
+Code in a docstring needs no double colon of reStructuredText, so docstrings stay readable in a terminal.
+
+The text under "Returns:" may hold a colon, factory defaults are an ellipsis, fields of named tuples are left out.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
+
+SECONDS = Path("book/results/notebook_seconds.json")
+SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Examples?|Notes?|References):\s*$")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.add_role("seconds", seconds)
+    app.connect("autodoc-process-docstring", mark_code, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", tidy_signature)
+    app.connect("autodoc-skip-member", skip_fields)
+    # signatures are typed, so what stands before a colon under "Returns:" is prose, not a type
+    GoogleDocstring._consume_returns_section = returns_prose  # type: ignore[method-assign]
+    return {"version": "1", "parallel_read_safe": True}
+
+
+def seconds(name, rawtext, text, lineno, inliner, options=None, content=None):
+    """The role: a chapter's file name without its ending -> its seconds, as text."""
+    environment = inliner.document.settings.env
+    path = Path(environment.srcdir) / SECONDS
+    environment.note_dependency(str(path))
+    chapters = json.loads(path.read_text()).get("notebooks", {}) if path.is_file() else {}
+    if text not in chapters:
+        known = ", ".join(chapters) or "no chapter"
+        message = inliner.reporter.warning(f"{SECONDS} knows {known}, not {text}: run make execute", line=lineno)
+        return [nodes.Text("(not yet run)")], [message]
+    return [nodes.Text(f"{chapters[text]['seconds']:.0f} s")], []
+
+
+def returns_prose(docstring: GoogleDocstring, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+    """A "Returns:" section as one description without a type."""
+    return [("", "", docstring._dedent(docstring._consume_to_next_section()))]
+
+
+def tidy_signature(
+    app: Sphinx, what: str, name: str, obj: object, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """A default made by a factory is an ellipsis: Sphinx cannot parse `<factory>` and would show module paths."""
+    return (re.sub(r"<factory>|<object object at \w+>", "...", signature) if signature else signature), returned
+
+
+def skip_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples: "Alias for field number 0" tells nobody anything."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def mark_code(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Make literal blocks of the code in a docstring, as far as its first section ("Args:" ...)."""
+    end = next((i for i, line in enumerate(lines) if SECTION.match(line) or line.startswith(".. ")), len(lines))
+    paragraphs = re.split(r"\n\s*\n", "\n".join(lines[:end]).strip("\n"))
+    out: list[str] = []
+    for paragraph in paragraphs:
+        previous = out[-1] if out else ""
+        indented = paragraph.startswith("    ")
+        if indented and not previous.startswith("    "):
+            if not previous.rstrip().endswith("::") and not re.match(r"\s*([-*+]|\d+[.)])\s", previous):
+                out.append("::")
+        elif what == "module" and is_code(paragraph):
+            # the formatter takes away the indentation of a block that ends a module's docstring
+            out.append("::")
+            paragraph = "\n".join(f"    {line}" for line in paragraph.splitlines())
+        out.append(paragraph)
+    lines[:] = [*"\n\n".join(out).splitlines(), "", *lines[end:]]
+
+
+def is_code(paragraph: str) -> bool:
+    """Whether a paragraph is Python, or command lines that start it."""
+    if all(line.startswith("python ") for line in paragraph.splitlines()):
+        return True
+    try:
+        ast.parse(paragraph)
+    except SyntaxError:
+        return False
+    return any(sign in paragraph for sign in "(=.#")
