@@ -203,7 +203,8 @@ class Lab:
         trigger = None if poisoned is None else poisoned.trigger
         facts = {
             **config, "notes": list(self.train.notes), "recipe_fields": asdict(self.scale.recipe),
-            "seconds": sum(r["seconds"] for r in log), "cpu_seconds": time.process_time() - start, **provenance.run_info(self.device),
+            "seconds": sum(r["seconds"] for r in log), "cpu_seconds": time.process_time() - start,
+            **provenance.run_info(self.device),
         }  # fmt: skip
         tensors = {f"model.{n}": t for n, t in net.state_dict().items()} | {"indices": indices}
         tensors |= {f"trigger.{n}": t for n, t in trigger.state_dict().items()} if trigger is not None else {}
