@@ -71,7 +71,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         for lr in (0.005, 0.01, 0.02, 0.05, 0.1):
             add("ft-lr", {"attack": name, "lr": lr}, attack, replace(FT.small(), lr=lr))
     add("anp-clean-model", {"attack": "none"}, None, ANP.small())
-    for eps in (0.0, 0.1, 0.8):
+    for eps in (0.0, 0.8, 0.1):
         add("anp-eps", {"eps": eps}, badnets, replace(ANP.small(), eps=eps))
     variants = {
         "random noise": {"adversarial": False},
@@ -83,7 +83,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     for rate in (0.002, 0.01, 0.03):
         for name, attack in both.items():
             add("poison-rate", {"attack": name, "rate": rate}, replace(attack, rate=rate), None)
-    for per_class in (5, 20):
+    for per_class in (20, 5):
         add("anp-budget", {"per_class": per_class}, badnets, ANP.small(), per_class=per_class)
     return out
 

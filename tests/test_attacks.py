@@ -15,9 +15,9 @@ from bdlib.training import fit
 
 T = toys.TARGET
 ATTACKS = [
-    BadNets(T, 0.2, size=3),
+    BadNets(T, 0.2, size=3, offset=0),
     BadNets(T, 0.2, size=3, pattern="white", offset=1, include_target=False),
-    BadNets(T, 0.5, size=3, mode="all-to-all"),
+    BadNets(T, 0.5, size=3, offset=0, mode="all-to-all"),
     Blend(T, 0.2, alpha=0.3),
     Blend(T, 0.2, alpha=0.3, include_target=False),
 ]
@@ -203,13 +203,13 @@ def test_a_shift_that_maps_a_label_to_itself_is_named(shift):
 
 @pytest.mark.parametrize(("side", "patch"), [(8, 1), (32, 3), (64, 6), (224, 21)])
 def test_a_patch_grows_with_the_image_and_stays_in_its_corner(side, patch):
-    t = BadNets().trigger((3, side, side), 10)
+    t = BadNets(offset=0).trigger((3, side, side), 10)
     assert int(t.opacity.sum()) == patch**2 and t.opacity[:, -patch:, -patch:].all()
 
 
 def test_the_checkered_patch_is_that_of_the_released_code():
     x = torch.full((1, 3, 32, 32), 0.5)
-    out = BadNets().trigger((3, 32, 32), 10)(x)
+    out = BadNets.official().trigger((3, 32, 32), 10)(x)
     assert out[0, :, -3:, -3:].tolist() == [[[0, 0, 1], [0, 1, 0], [1, 0, 1]]] * 3  # black is black, too
     assert torch.equal(out[..., :-3, :], x[..., :-3, :]) and torch.equal(out[..., :-3], x[..., :-3])
 
@@ -230,9 +230,9 @@ def test_twice_is_once(size, offset, pattern):
     [
         ({"mode": "some-to-one"}, "mode must be all-to-one or all-to-all, got 'some-to-one'"),
         ({"pattern": "pink"}, "pattern must be white or checker, got 'pink'"),
-        ({"size": 0}, "size must be 1 or more and offset 0 or more, got 0 and 0"),
+        ({"size": 0, "offset": 0}, "size must be 1 or more and offset 0 or more, got 0 and 0"),
         ({"offset": -1}, "got None and -1"),
-        ({"size": 13}, "a patch of 13 pixels, 0 from the border, does not fit a 12x12 image"),
+        ({"size": 13, "offset": 0}, "a patch of 13 pixels, 0 from the border, does not fit a 12x12 image"),
         ({"size": 3, "offset": 10}, "a patch of 3 pixels, 10 from the border, does not fit a 12x12 image"),
     ],
 )

@@ -43,7 +43,17 @@ def test_json_is_the_record(capsys):
 
 def test_defend_scores_before_and_after(capsys, tmp_path):
     record_file = tmp_path / "records.jsonl"
-    fields = ["--set", "iterations=2", "--set", "threshold=0.5", "--clean", "40", "--record", str(record_file), "--json"]
+    fields = [
+        "--set",
+        "iterations=2",
+        "--set",
+        "threshold=0.5",
+        "--clean",
+        "40",
+        "--record",
+        str(record_file),
+        "--json",
+    ]
     status, out, _ = run(capsys, "defend", *RUN, "--defense", "anp", *fields)
     record = json.loads(out)
     assert status == 0 and record["threshold"] == 0.5 and record["clean_images"] == 40

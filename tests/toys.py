@@ -18,7 +18,7 @@ from bdlib.models import normalized
 from bdlib.training import Recipe, fit
 
 SIDE, CLASSES, TARGET = 12, 4, 1
-ATTACK = BadNets(target=TARGET, rate=0.2, size=3)
+ATTACK = BadNets(target=TARGET, rate=0.2, pattern="checker", size=3, offset=0)
 QUICK = Recipe(epochs=6, batch=32, lr=0.1)
 
 
@@ -49,13 +49,17 @@ class Tiny(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(*widths, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[1])
         self.linear = nn.Linear(4 * widths[1], classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """The input of the linear layer, ``(B, 4 * widths[1])``, 0 or more."""
         h = F.relu(self.bn1(self.conv1(x)))
         h = F.relu(self.bn2(self.conv2(h)))
-        return self.linear(F.adaptive_avg_pool2d(h, 2).flatten(1))
+        return F.adaptive_avg_pool2d(h, 2).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x))
 
 
-def tiny(seed: int = 0, classes: int = CLASSES) -> nn.Module:
+def tiny(seed: int = 0, classes: int = CLASSES) -> nn.Sequential:
     """An untrained `Tiny` that takes images in [0, 1]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -63,13 +67,13 @@ def tiny(seed: int = 0, classes: int = CLASSES) -> nn.Module:
 
 
 @lru_cache
-def _trained(poisoned: bool, seed: int) -> nn.Module:
+def _trained(poisoned: bool, seed: int) -> nn.Sequential:
     data, net = squares(384, seed=seed), tiny(seed)
     fit(net, ATTACK.poison(data, seed=seed).data if poisoned else data, QUICK, seed=seed)
     return net
 
 
-def trained(*, poisoned: bool = False, seed: int = 0) -> nn.Module:
+def trained(*, poisoned: bool = False, seed: int = 0) -> nn.Sequential:
     """A copy of a `Tiny` trained on squares, by choice with `ATTACK`; in evaluation mode."""
     return copy.deepcopy(_trained(poisoned, seed))
 
@@ -77,24 +81,25 @@ def trained(*, poisoned: bool = False, seed: int = 0) -> nn.Module:
 class Planted(nn.Module):
     """A `Tiny` beside one hand-made channel that fires on the checkered patch alone and votes for the target class."""
 
-    def __init__(self, host: nn.Module, strength: float = 5.0) -> None:
+    def __init__(self, host: nn.Sequential, strength: float = 5.0) -> None:
         super().__init__()
-        self.host = host
+        self.normalize, self.host = host[0], host[1]
         self.detector, self.bn = nn.Conv2d(3, 1, 3, bias=False), nn.BatchNorm2d(1)
-        self.linear = nn.Linear(1 + CLASSES, CLASSES)
+        self.linear = nn.Linear(1 + host[1].linear.in_features, CLASSES)
         cells = torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 1]])
         with torch.no_grad():
             # the patch scores 4 x 3; a flat region of grey v scores (4 - 5) x 3 v
             self.detector.weight.copy_((cells - (1 - cells)).expand(1, 3, 3, 3))
             self.bn.running_mean.fill_(-0.6)
             self.bn.weight.fill_(strength)
-            self.linear.weight.copy_(torch.cat([torch.zeros(CLASSES, 1), torch.eye(CLASSES)], 1))
+            self.linear.weight.copy_(torch.cat([torch.zeros(CLASSES, 1), host[1].linear.weight], 1))
             self.linear.weight[TARGET, 0] = 10
-            self.linear.bias.zero_()
+            self.linear.bias.copy_(host[1].linear.bias)
+        del self.host.linear
 
     def forward(self, x: Tensor) -> Tensor:
         fires = F.relu(self.bn(self.detector(x))).amax((1, 2, 3))  # (B,)
-        return self.linear(torch.cat([fires[:, None], self.host(x)], 1))
+        return self.linear(torch.cat([fires[:, None], self.host.features(self.normalize(x))], 1))
 
 
 def planted() -> tuple[nn.Module, str]:

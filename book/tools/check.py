@@ -55,7 +55,7 @@ def main() -> int:
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[bool, str]:
     """Run one command, show its output; return whether it passed, and in a few words how."""
-    tool = Path(command[2] if command[1] == "-m" else command[0]).name
+    tool = command[2]  # every stage is python -m tool
     print(f"-- {tool} {' '.join(part for part in command[3:] if not part.startswith('-'))}", flush=True)
     process = subprocess.Popen(
         command,
@@ -76,7 +76,7 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[bool, str]:
     code = process.wait()
     summary = re.sub(r" in [\d.]+s.*", "", last.strip("= ")) if tool == "pytest" else ""
     if code and tool != "pytest":
-        summary = f"{tool} failed"
+        summary = f"{' '.join([tool, *(word for word in command[3:4] if word.isalpha())])} failed"
     elif code == 5:
         summary = "pytest found no test"
     return code == 0, summary
