@@ -67,6 +67,10 @@ SCALES = {
 }
 
 
+# share of the defender's images on which thresholds are chosen: with fewer, the choice is a matter of luck
+HELD_OUT = 0.5
+
+
 @dataclass(frozen=True)
 class Victim:
     """A trained network, poisoned or clean.
@@ -165,10 +169,14 @@ class Lab:
         return net.to(self.device)
 
     def clean(self, *, count: int | None = None, per_class: int | None = None, seed: int = 0) -> CleanSet:
-        """The defender's clean set: `count` images of the pool, by default the scale's budget, or `per_class`."""
+        """The defender's clean set: `count` images of the pool, by default the scale's budget, or `per_class`.
+
+        A share `HELD_OUT` of it is kept for choosing thresholds.
+        """
         if per_class is not None:
-            return clean_set(self.pool, per_class=per_class, seed=seed)
-        return clean_set(self.pool, count=self.scale.clean if count is None else count, seed=seed)
+            return clean_set(self.pool, per_class=per_class, held_out=HELD_OUT, seed=seed)
+        count = self.scale.clean if count is None else count
+        return clean_set(self.pool, count=count, held_out=HELD_OUT, seed=seed)
 
     def victim(self, attack: Attack | None = None, *, seed: int = 0) -> Victim:
         """A network trained on the poisoned set (or the clean one), from the store if it is there.
