@@ -70,14 +70,8 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         add("defences", {"attack": name, "defence": "FP"}, attack, FP.small())
         for lr in (0.005, 0.02, 0.1):
             add("ft-lr", {"attack": name, "lr": lr}, attack, replace(FT.small(), lr=lr))
-    for eps in (0.0, 0.8):
-        add("anp-eps", {"eps": eps}, badnets, replace(ANP.small(), eps=eps))
-    variants: dict[str, dict[str, Any]] = {
-        "no projection": {"project": False},
-        "running statistics": {"batch_statistics": False},
-    }
-    for name, change in variants.items():
-        add("anp-variants", {"variant": name}, badnets, replace(ANP.small(), **change))
+    add("anp-eps", {"eps": 0.0}, badnets, replace(ANP.small(), eps=0.0))
+    add("anp-variants", {"variant": "no projection"}, badnets, replace(ANP.small(), project=False))
     for rate in (0.002, 0.01):
         for name, attack in both.items():
             add("poison-rate", {"attack": name, "rate": rate}, replace(attack, rate=rate), None)
@@ -180,6 +174,14 @@ def make(lab: Lab, folder: Path = RESULTS, only: str = "") -> int:
     files_of: dict[str, list[str]] = {}
     for cell, key, _ in todo:
         files_of.setdefault(cell.experiment, []).append(key)
+
+    def write(experiment: str) -> None:
+        rows = [json.dumps(done[k]) for k in files_of[experiment] if k in done]
+        raw = ("[\n" + ",\n".join(rows) + "\n]\n").encode()
+        path = folder / f"{experiment}.json"
+        if not path.exists() or path.read_bytes() != raw:
+            files.write_bytes(path, raw)
+
     failed = 0
     for cell, key, record in tqdm(todo, desc="records"):
         if record is not None:
@@ -195,6 +197,7 @@ def make(lab: Lab, folder: Path = RESULTS, only: str = "") -> int:
                 "error": f"{type(error).__name__}: {error}",
             }
             warnings.warn(f"{cell}: {traceback.format_exc(limit=3)}", stacklevel=2)
-        rows = [json.dumps(done[k]) for k in files_of[cell.experiment] if k in done]
-        files.write_bytes(folder / f"{cell.experiment}.json", ("[\n" + ",\n".join(rows) + "\n]\n").encode())
+        write(cell.experiment)
+    for experiment in files_of:  # also drops records that no cell asks for any more
+        write(experiment)
     return failed
