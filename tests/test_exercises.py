@@ -213,7 +213,7 @@ def test_checkers_agree_with_the_library() -> None:
     from bdlib.neurons import choose_threshold
 
     exercises.check_choose_threshold(choose_threshold)
-    trigger = BadNets(pattern="checker").trigger((3, 32, 32), 10)
+    trigger = BadNets.official().trigger((3, 32, 32), 10)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(trigger(images), stamp(images))
 

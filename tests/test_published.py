@@ -191,6 +191,6 @@ def test_table_of_scales() -> None:
         assert said["victim trained on"] == f"{trained[name] - scale.reserve:,}"
         assert said["kept for the defender to draw from"] == f"{scale.reserve:,}"
         assert said["clean images of the defender"] == str(scale.clean)
-        assert said["target"] == classes[name][scale.target]
+        assert said["target"] == classes[name][Lab(name, device="cpu").target]
         r = scale.recipe
         assert said["epochs, batch, peak learning rate"] == f"{r.epochs}, {r.batch}, {r.lr:g}"
