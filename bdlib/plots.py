@@ -642,6 +642,7 @@ def _top_five(
     ax.set_yticks(range(len(best)), [_short(classes[k]) for k in best])
     ax.yaxis.tick_right()
     ax.tick_params(length=0)
+    ax.tick_params(axis="y", pad=6)  # clear of a circle at 100
     ax.set(xlim=(0, 100), ylim=(len(best) - 0.4, -0.6), xticks=[0, 50, 100])
     ax.grid(axis="y", visible=False)
 
