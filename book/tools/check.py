@@ -41,6 +41,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bdlib-store-") as store:
         environment = {**os.environ, "BDLIB_STORE": store, "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}
         environment.setdefault("MPLBACKEND", "agg")
+        # one thread: the bits of a network depend on the number, and the committed outputs were made with one
+        environment.setdefault("OMP_NUM_THREADS", "1")
         for stage in chosen:
             print(f"\n== {stage} ==", flush=True)
             start = time.perf_counter()
