@@ -19,14 +19,14 @@ from bdlib.lab import Lab
 from bdlib.training import Recipe, augment, fit, predict
 
 
-def _median_seconds(work: Callable[[], Any], repeat: int = 3) -> float:
-    """Median process time of `work`, all threads added up; one run beforehand is not counted."""
+def _median_seconds(work: Callable[[], Any], clock: Callable[[], float] = time.process_time, repeat: int = 3) -> float:
+    """Median time of `work`, by default of all threads of this process; one run beforehand is not counted."""
     work()
     times = []
     for _ in range(repeat):
-        start = time.process_time()
+        start = clock()
         work()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -76,14 +76,8 @@ def measure() -> dict[str, Any]:
     theirs = _median_seconds(lambda: [samples[i] for i in range(n)])
     result: dict[str, Any] = {"augment": {"batched": n / ours, "per_sample": n / theirs, "ratio": theirs / ours}}
 
-    def wall(work: Callable[[], Any], repeat: int = 3) -> float:
-        work()
-        times = []
-        for _ in range(repeat):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+    def wall(work: Callable[[], Any]) -> float:
+        return _median_seconds(work, time.perf_counter)
 
     one = Recipe(epochs=1, batch=recipe.batch)
     nets = [lab.network(0) for _ in range(3)]
