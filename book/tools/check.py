@@ -3,7 +3,8 @@
     python book/tools/check.py                  # what `make test` runs
     python book/tools/check.py lint notebooks   # only these stages
 
-The stages share one empty temporary store, so a victim is trained once in the whole run.
+The stages share one empty temporary store, so a victim is trained once in the whole run. The book comes before
+the unit tests because building it fetches the widget manager that one of them opens in a browser.
 """
 
 import argparse
@@ -24,8 +25,8 @@ STAGES: dict[str, list[list[str]]] = {
         [sys.executable, "-m", "ruff", "check", "--quiet", "bdlib", "tests", "book/tools", "notebooks"],
         [sys.executable, "-m", "mypy", "--no-error-summary"],
     ],
-    "unit": [[*PYTEST, "tests", *(f"--ignore={path}" for path in BOOK_TESTS)]],
     "book": [[*PYTEST, *BOOK_TESTS]],
+    "unit": [[*PYTEST, "tests", *(f"--ignore={path}" for path in BOOK_TESTS)]],
     "notebooks": [[*PYTEST, "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "notebooks"]],
 }
 
