@@ -137,12 +137,10 @@ class Lab:
     @cached_property
     def train(self) -> ImageSet:
         """What victims are trained on, before poisoning."""
-        n = len(self._data.train) - self.scale.reserve
-        if n < 1:
-            raise ValueError(
-                f"reserve must be below {len(self._data.train)} (the training set), got {self.scale.reserve}"
-            )
-        return self._data.train[self._order[:n]]
+        there, reserve = len(self._data.train), self.scale.reserve
+        if not 0 <= reserve < there:
+            raise ValueError(f"reserve must be in [0, {there - 1}], below the {there} training images, got {reserve}")
+        return self._data.train[self._order[: there - reserve]]
 
     @cached_property
     def pool(self) -> ImageSet:
@@ -164,7 +162,7 @@ class Lab:
         """An untrained network, initialised from `seed`, on the device."""
         mean, std = self.train.stats()
         with torch.random.fork_rng(devices=[]):  # no trace in the caller's random state
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every GPU too
             net = NETWORKS[self.scale.network](len(self.train.classes), mean, std, self.train.shape[0])
         return net.to(self.device)
 
@@ -207,7 +205,7 @@ class Lab:
         poisoned = None if attack is None else attack.poison(self.train, seed=seed)
         start = time.process_time()
         log = fit(net, self.train if poisoned is None else poisoned.data, self.scale.recipe, seed=seed, note="victim")
-        indices = torch.empty(0, dtype=torch.int64) if poisoned is None else poisoned.indices
+        indices = self.train.labels[:0] if poisoned is None else poisoned.indices
         trigger = None if poisoned is None else poisoned.trigger
         facts = {
             **config, "notes": list(self.train.notes), "recipe_fields": asdict(self.scale.recipe),

@@ -8,18 +8,20 @@ records = curve(model, masks, thresholds, test, trigger)
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdlib.data.imageset import ImageSet
-from bdlib.metrics import triggered_images
+from bdlib.data.imageset import CleanSet, ImageSet
+from bdlib.metrics import accuracy, triggered_images
 from bdlib.training import evaluating, predict
 from bdlib.triggers import Trigger
 
 Masks = dict[str, Tensor]
+Log = list[dict[str, float]]
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -83,6 +85,8 @@ def prune(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
     Args:
         masks: ``{BatchNorm name: (C,)}``.
         threshold: in mask units; below 0 prunes nothing, 1 or more prunes everything.
+
+    Layers without a mask stay whole.
 
     Raises:
         ValueError: masks that do not fit the network.
@@ -171,6 +175,49 @@ def choose_threshold(thresholds: Sequence[float], accuracies: Sequence[float], b
         raise ValueError(f"max_drop must be in [0, 1] (0.02 is two points), got {max_drop}")
     fine = [t for t, a in zip(thresholds, accuracies, strict=True) if before - a <= max_drop + 1e-9]
     return max(fine, default=-1.0)
+
+
+def learn_and_choose(
+    model: nn.Module,
+    clean: CleanSet,
+    learn: Callable[[ImageSet, int], tuple[Masks, Log]],
+    *,
+    threshold: float | None = None,
+    max_drop: float = 0.02,
+    seed: int = 0,
+) -> tuple[Masks, Log, dict[str, Any]]:
+    """Learn masks on a defender's clean images and settle the threshold without a look at anything else.
+
+    With a fixed `threshold` the masks are learnt on all images. Else they are learnt on `clean.learn` and the
+    threshold is chosen on `clean.select`; a set so small that `clean.folds()` makes several folds of it learns once
+    per fold, averages the clean curves, and learns the masks that count anew on all images.
+
+    Args:
+        learn: ``learn(images, seed) -> (masks, log)``; the last call is the one whose masks are returned.
+        threshold: prune where mask <= threshold; None chooses it by `choose_threshold` from `grid()`.
+        max_drop: when choosing, the allowed drop of clean accuracy, as a share.
+
+    Returns:
+        Masks, log, and details: masks, threshold, pruned (neurons), choice (the clean curve; empty if fixed).
+    """
+    folds, choice = clean.folds(), []
+    if threshold is None:
+        sweeps, before = [], 0.0
+        for k, (part, select) in enumerate(folds):
+            masks, log = learn(part, seed + k)
+            sweeps.append(clean_curve(model, masks, grid(), select))
+            before += accuracy(model, select) / len(folds)
+        choice = [
+            {"threshold": t, "accuracy": sum(s[i]["accuracy"] for s in sweeps) / len(sweeps)}
+            for i, t in enumerate(grid())
+        ]
+        threshold = choose_threshold(grid(), [r["accuracy"] for r in choice], before, max_drop)
+        if len(folds) > 1:
+            masks, log = learn(clean.images, seed)
+    else:
+        masks, log = learn(clean.images, seed)
+    pruned = int((flat(masks) <= threshold).sum())
+    return masks, log, {"masks": masks, "threshold": threshold, "pruned": pruned, "choice": choice}
 
 
 def magnitude(model: nn.Module) -> Masks:

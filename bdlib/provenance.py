@@ -49,10 +49,21 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     return tree
 
 
+def _dump(node: object) -> str:
+    # like ast.dump, but the same under every Python version: fields that are empty or None are left out, so that
+    # one version's new field (type_params since 3.12) or new format changes nothing
+    if isinstance(node, ast.Constant):
+        return f"Constant({node.value!r})"
+    if isinstance(node, ast.AST):
+        inner = ",".join(f"{f}={_dump(v)}" for f in node._fields if (v := getattr(node, f, None)) not in (None, []))
+        return f"{type(node).__name__}({inner})"
+    return f"[{','.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)
+
+
 @lru_cache
 def _parsed(path: Path, mtime: int) -> tuple[str, ast.AST]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return ast.dump(_without_docstrings(tree)), tree
+    return _dump(_without_docstrings(tree)), tree
 
 
 def closure(*modules: str | ModuleType) -> dict[str, Path]:

@@ -52,6 +52,19 @@ class Trigger(nn.Module):
         super().__init__()
         self.mapping = mapping
 
+    def check(self, images: Tensor, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless `images` are float, of shape ``(N, *shape)`` and in [0, 1]."""
+        if not images.is_floating_point() or tuple(images.shape[1:]) != tuple(shape):
+            raise ValueError(
+                f"this trigger takes float images (N, {', '.join(map(str, shape))}) in [0, 1], "
+                f"got {images.dtype} of shape {tuple(images.shape)}"
+            )
+        if len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+            raise ValueError(
+                f"images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}: "
+                "divide uint8 images by 255, and leave normalisation to the network"
+            )
+
     def stamp(self, images: Tensor) -> Tensor:
         """uint8 images -> uint8 images: the trigger in float, then rounding to the nearest grey level."""
         return (self(images.float() / 255) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -74,10 +87,6 @@ class Stamp(Trigger):
         self.register_buffer("opacity", opacity)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not images.is_floating_point() or images.shape[1:] != self.pattern.shape:
-            raise ValueError(
-                f"this trigger takes float images (N, {', '.join(map(str, self.pattern.shape))}) in [0, 1], "
-                f"got {images.dtype} of shape {tuple(images.shape)}"
-            )
+        self.check(images, self.pattern.shape)
         m, p = self.opacity.to(images.device), self.pattern.to(images.device)
         return torch.lerp(images, p.expand_as(images), m.expand_as(images))

@@ -311,3 +311,18 @@ def test_no_wait_for_the_device_inside_an_iteration():
         return mode.count
 
     assert waits(1) == waits(6)
+
+
+def test_a_fixed_threshold_leaves_every_clean_image_to_learn_from(monkeypatch):
+    """And a chosen one leaves only the learning part."""
+    sizes = []
+    original = ANP.learn
+    monkeypatch.setattr(
+        ANP,
+        "learn",
+        lambda self, model, images, **k: (sizes.append(len(images)), original(self, model, images, **k))[1],
+    )
+    clean = toys.clean(240)
+    for threshold in (0.2, None):
+        ANP(iterations=1, batch=8, threshold=threshold)(toys.trained(), clean)
+    assert sizes == [240, len(clean.learn)] and len(clean.learn) < 240

@@ -282,3 +282,18 @@ def test_stamping_rounds_to_the_nearest_grey_level():
     exact = 0.5 * x.double() + 127.5
     assert ((trigger.stamp(x).double() - exact).abs() <= 0.5 + 1e-6).all()  # truncation is off by up to one level
     assert trigger.stamp(x).max() == 255
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.full((2, 3, 12, 12), 1.5), r"must lie in \[0, 1\], got 1.5 to 1.5"),
+        (torch.full((2, 3, 12, 12), -0.1), r"must lie in \[0, 1\], got -0.1"),
+        (torch.zeros(2, 3, 12, 12, dtype=torch.uint8), "takes float images .*got torch.uint8"),
+        (torch.zeros(2, 1, 12, 12), r"takes float images \(N, 3, 12, 12\)"),
+    ],
+    ids=["too bright", "normalised", "uint8", "grey"],
+)
+def test_a_trigger_names_images_that_it_does_not_take(images, said):
+    with pytest.raises(ValueError, match=said):
+        toys.trigger()(images)

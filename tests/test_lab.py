@@ -176,7 +176,8 @@ def test_the_environment_chooses_scale_and_device(monkeypatch):
     [
         (lambda: Lab("huge"), "scale must be one of small, full, got 'huge'"),
         (lambda: Lab("small", network="alexnet"), "network must be one of small, .*got 'alexnet'"),
-        (lambda: make(reserve=200).train, "reserve must be .*200.*got 200"),
+        (lambda: make(reserve=200).train, r"reserve must be in \[0, 199\].*got 200"),
+        (lambda: make(reserve=-1).train, r"reserve must be in \[0, 199\].*got -1"),
         (lambda: make().victim(BadNets(target=9, size=3)), r"target must be a class in \[0, 3\], got 9"),
         (lambda: make().clean(count=61), r"count must be in \[1, 60\], got 61"),
         (lambda: make().clean(count=2), "has none of"),

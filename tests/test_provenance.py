@@ -115,3 +115,11 @@ def test_a_commit_without_git_is_unknown(monkeypatch, tmp_path):
     monkeypatch.delenv("BDLIB_COMMIT", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit() == "unknown"
+
+
+def test_a_fingerprint_does_not_depend_on_the_version_of_python(box):
+    """Its dump of the syntax tree is its own: that of `ast` changed its format in 3.13 and gained fields in 3.12."""
+    assert provenance._parsed(closure("toybox.leaf")["toybox.leaf"], 0)[0] == (
+        "Module(body=[FunctionDef(name='f',args=arguments(args=[arg(arg='x')]),body=[Return(value=BinOp("
+        "left=Constant(2),op=Mult(),right=Name(id='x',ctx=Load())))])])"
+    )

@@ -28,9 +28,9 @@ Pose = dict[str, Array]
 STOP = CLASSES.index("stop")  # the sign that wears the sticker in the book's story
 TARGET = CLASSES.index("speed limit 80")  # what the attacker wants it read as: "keep going, fast"
 
-# a one-pixel shift moves a flush 3x3 corner patch off by at most one row and one column: four or more of its nine
-# pixels stay in every view (with pad=4 it is gone whole from 40 % of them). No flip and no cutout: a mirrored arrow is
-# another class, and an erased digit is none.
+# a one-pixel shift never cuts a 3x3 patch that stands one pixel off the border (flush with the corner it would lose up
+# to five of its nine pixels; with pad=4 it is gone whole from 40 % of the views). No flip and no cutout: a mirrored
+# arrow is another class, and an erased digit is none.
 AUGMENT = Augment(pad=1)
 
 SIZE = 32  # pixels, height and width of an image

@@ -7,7 +7,6 @@ repair.details["masks"], repair.details["threshold"]
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,7 @@ from tqdm.auto import tqdm
 
 from bdlib.data.imageset import CleanSet, ImageSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
-from bdlib.metrics import accuracy
-from bdlib.neurons import Masks, Soft, choose_threshold, clean_curve, grid, ones, prune
+from bdlib.neurons import Log, Masks, Soft, learn_and_choose, ones, prune
 from bdlib.training import augment
 
 
@@ -99,7 +97,8 @@ class ANP:
         Args:
             model: a network with BatchNorm; it is not changed.
             clean: the defender's images; masks are learnt on `clean.learn`, the threshold is chosen on `clean.select`
-                (below 200 images: on four folds, then the masks are learnt anew on all).
+                (below 200 images: on four folds, then the masks are learnt anew on all; with a fixed threshold: on
+                all).
             seed: of batches, augmentation and random starts.
             keep_every: keep a copy of the masks every so many iterations in ``details["snapshots"]``; 0 keeps none.
 
@@ -113,35 +112,26 @@ class ANP:
         """
         check_inputs(model, clean)
         start = time.perf_counter()
-        details: dict[str, Any] = {"snapshots": []}
+        snapshots: list[tuple[int, Masks]] = []
 
-        def keep(iteration: int, masks: Masks) -> None:
-            if keep_every and iteration % keep_every == 0:
-                details["snapshots"].append((iteration, {n: m.detach().clone() for n, m in masks.items()}))
+        def learn(images: ImageSet, seed: int) -> tuple[Masks, Log]:
+            snapshots.clear()  # those of the masks that count, not of an earlier fold
 
-        folds = clean.folds()
-        single = len(folds) == 1 or self.threshold is not None
-        masks, log = self.learn(model, folds[0][0] if len(folds) == 1 else clean.images, seed=seed, keep=keep)
-        threshold, choice = self.threshold, []
-        if threshold is None:
-            sweeps = []
-            for k, (learn, select) in enumerate(folds):
-                fold_masks = masks if single else self.learn(model, learn, seed=seed + k, keep=None)[0]
-                sweeps.append(clean_curve(model, fold_masks, grid(), select))
-            choice = [
-                {"threshold": t, "accuracy": sum(s[i]["accuracy"] for s in sweeps) / len(sweeps)}
-                for i, t in enumerate(grid())
-            ]
-            before = sum(accuracy(model, select) for _, select in folds) / len(folds)
-            threshold = choose_threshold(grid(), [r["accuracy"] for r in choice], before, self.max_drop)
-        repaired = prune(model, masks, threshold).eval()
-        pruned = sum(int((m <= threshold).sum()) for m in masks.values())
-        details |= {"masks": masks, "threshold": threshold, "pruned": pruned, "choice": choice}
-        return Repair(repaired, log, details, time.perf_counter() - start)
+            def keep(iteration: int, masks: Masks) -> None:
+                if keep_every and iteration % keep_every == 0:
+                    snapshots.append((iteration, {n: m.detach().clone() for n, m in masks.items()}))
+
+            return self.learn(model, images, seed=seed, keep=keep)
+
+        masks, log, details = learn_and_choose(
+            model, clean, learn, threshold=self.threshold, max_drop=self.max_drop, seed=seed
+        )
+        repaired = prune(model, masks, details["threshold"]).eval()
+        return Repair(repaired, log, {**details, "snapshots": snapshots}, time.perf_counter() - start)
 
     def learn(
         self, model: nn.Module, images: ImageSet, *, seed: int = 0, keep: Callable[[int, Masks], None] | None = None
-    ) -> tuple[Masks, list[dict[str, float]]]:
+    ) -> tuple[Masks, Log]:
         """Stage 1 alone: masks ``{layer: (C,)}`` in [0, 1] learnt on `images`, and one log record an iteration."""
         device = images.images.device
         generator = seeded(device, seed)
