@@ -240,12 +240,13 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, *, batch: int = 1000) -> Tensor:
+def predict(model: nn.Module, images: Tensor, *, batch: int | None = None) -> Tensor:
     """Logits of a whole set, in evaluation mode; the model's mode is restored.
 
     Args:
         images: ``(N, C, H, W)``, uint8 or float in [0, 1].
-        batch: images a pass; 5,000 or more fill a large GPU.
+        batch: images a pass; by default 5,000 on a GPU, which that many fill, and 250 on a processor, whose caches hold
+            no more (1,000 take 1.5 times as long).
 
     Returns:
         ``(N, K)`` float32 on the device of the images.
@@ -257,6 +258,8 @@ def predict(model: nn.Module, images: Tensor, *, batch: int = 1000) -> Tensor:
         raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
     if images.is_floating_point() and len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):
         raise ValueError(f"float images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}")
+    if batch is None:
+        batch = 250 if images.device.type == "cpu" else 5000
     out = []
     with evaluating(model), _autocast(images.device):
         for x in images.split(batch):
