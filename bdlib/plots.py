@@ -183,21 +183,23 @@ def triple(
     logits: Tensor,
     classes: Sequence[str],
     *,
-    clean_logits: Tensor | None = None,
+    other_logits: Tensor | None = None,
+    other: str = "clean",
     target: int | None = None,
     gain: float | None = None,
     width: float = WIDTH,
 ) -> Figure:
     """The book's idiom: the image, what the trigger changes (amplified), the triggered image, and the top five classes.
 
-    Bars are what the network says of the triggered image, circles what it says of the clean one. The class that the
-    clean image gets is always among the five.
+    Bars are what the network says of the triggered image, circles another answer to compare with: what it says of the
+    clean one, or what it said before a defence. The first class of the other answer is always among the five.
 
     Args:
         clean, triggered: ``(C, H, W)`` or ``(N, C, H, W)``, float in [0, 1] or uint8; one row per image.
         logits: ``(K,)`` or ``(N, K)``, the network's logits on the triggered images (log-probabilities serve as well).
         classes: K names.
-        clean_logits: the same for the clean images; None leaves the circles out.
+        other_logits: the other answer, of the same shape; None leaves the circles out.
+        other: what the other answer is, for the legend, e.g. "clean" or "before the defence".
         target: the attacker's class, drawn in its own colour.
         gain: factor on the difference; None takes the largest of 1, 2, 5, 10, 20, 50 that does not clip.
         width: inches, at most 6.5.
@@ -207,8 +209,8 @@ def triple(
     """
     before, after = (x if x.ndim == 4 else x[None] for x in (clean, triggered))
     scores = _probabilities(logits, len(before), len(classes), "logits")
-    scores_clean = (
-        None if clean_logits is None else _probabilities(clean_logits, len(before), len(classes), "clean_logits")
+    scores_other = (
+        None if other_logits is None else _probabilities(other_logits, len(before), len(classes), "other_logits")
     )
     if before.shape != after.shape:
         raise ValueError(
@@ -233,10 +235,10 @@ def triple(
             _show(axs[0], _pixels(before[row]), LOOKS["clean"])
             _show(axs[1], _pixels((0.5 + 0.5 * gain * change[row]).clamp(0, 1)))
             _show(axs[2], _pixels(after[row]), LOOKS["triggered"])
-            _top_five(axs[3], scores[row], None if scores_clean is None else scores_clean[row], classes, target)
+            _top_five(axs[3], scores[row], None if scores_other is None else scores_other[row], classes, target)
         for ax, title in zip(axes[0], ("clean", f"difference × {gain:g}", "with trigger", "top 5, %"), strict=True):
             ax.set_title(title)
-        _bar_legend(fig, target is not None, scores_clean is not None)
+        _bar_legend(fig, target is not None, None if scores_other is None else other)
     return _close(fig)
 
 
@@ -246,7 +248,7 @@ def verdict(
     classes: Sequence[str],
     *,
     target: int | None = None,
-    clean_logits: Tensor | None = None,
+    other_logits: Tensor | None = None,
     width: float = 3.6,
 ) -> Figure:
     """One image beside the five classes that the network finds likeliest: the small form of `triple`, for a widget.
@@ -256,21 +258,22 @@ def verdict(
         logits: ``(K,)``, what the network says of it.
         classes: K names.
         target: the attacker's class, drawn in its own colour.
-        clean_logits: ``(K,)`` on the clean image, drawn as circles; its first class is always among the five.
+        other_logits: ``(K,)``, another answer, drawn as circles (it has no legend: the text around it says what it is);
+            its first class is always among the five.
         width: inches, at most 6.5.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
     scores = _probabilities(logits, 1, len(classes), "logits")[0]
-    clean = None if clean_logits is None else _probabilities(clean_logits, 1, len(classes), "clean_logits")[0]
+    circles = None if other_logits is None else _probabilities(other_logits, 1, len(classes), "other_logits")[0]
     with style():
         # fixed places, so that nothing jumps when a slider moves from one frame to the next
         fig = plt.figure(figsize=(_width(width), 1.45))
         side = 1.25 / width
         _show(fig.add_axes((0.05 / width, 0.07, side, 1.25 / 1.45)), _pixels(image))
         ax = fig.add_axes((side + 0.25 / width, 0.17, 1 - side - 1.5 / width, 0.8))
-        _top_five(ax, scores, clean, classes, target)
+        _top_five(ax, scores, circles, classes, target)
         ax.set_xticklabels(["0", "50", "100 %"])
     return _close(fig)
 
@@ -313,6 +316,7 @@ def curve(
     records: Sequence[Mapping[str, Any]],
     chosen: float | None = None,
     *,
+    label: str = "chosen on clean data",
     oracle: bool = True,
     columns: Sequence[str] = ("acc", "asr"),
     width: float = WIDTH,
@@ -322,7 +326,8 @@ def curve(
 
     Args:
         records: one per threshold, with `threshold`, `pruned` (channels) and fractions `acc`, `asr`, `ra`.
-        chosen: the defender's threshold, drawn as a line; its values are written beside it.
+        chosen: a threshold to mark by a line, by rule the defender's; its values are written beside it.
+        label: what that threshold is; a slider passes "slider".
         oracle: the records were scored with test labels and the trigger; the figure then says so.
         columns: the keys to draw.
         width, height: inches; the width at most 6.5.
@@ -338,8 +343,8 @@ def curve(
         fig, ax = plt.subplots(figsize=(_width(width), height), layout="constrained")
         for column in columns:
             kind = look(column)
-            label = {"acc": "ACC: clean images, right", "asr": "ASR: triggered images, target"}.get(column)
-            label = label or {"ra": "RA: triggered images, right"}.get(column, _name(column))
+            meaning = {"acc": "ACC: clean images, right", "asr": "ASR: triggered images, target"}.get(column)
+            meaning = meaning or {"ra": "RA: triggered images, right"}.get(column, _name(column))
             ax.plot(
                 x,
                 100 * _column(rows, column),
@@ -347,13 +352,13 @@ def curve(
                 ls=kind.dash,
                 marker=kind.marker,
                 markevery=max(1, len(x) // 24),
-                label=label,
+                label=meaning,
             )
         ax.set(xlabel="pruning threshold", ylabel="% of images", ylim=(-3, 103))
         if all("pruned" in row for row in rows) and len(rows) > 1:
             _count_axis(ax, x, _column(rows, "pruned"))
         if chosen is not None:
-            _mark_choice(ax, rows, chosen, columns)
+            _mark_choice(ax, rows, chosen, label, columns)
         handles, labels = ax.get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=3)
         if oracle:
@@ -647,14 +652,14 @@ def _top_five(
     ax.grid(axis="y", visible=False)
 
 
-def _bar_legend(fig: Figure, target: bool, clean: bool) -> None:
+def _bar_legend(fig: Figure, target: bool, other: str | None) -> None:
     handles: list[Any] = []
     for name, text, wanted in (("triggered", "with trigger", True), ("target", "with trigger: target class", target)):
         kind = LOOKS[name]
         if wanted:
             handles.append(plt.Rectangle((0, 0), 1, 1, fc=kind.colour, ec="white", hatch=kind.hatch, label=text))
-    if clean:
-        handles.append(plt.Line2D([], [], ls="", marker="o", mfc="white", mec=CLEAN, mew=1.6, ms=5.5, label="clean"))
+    if other is not None:
+        handles.append(plt.Line2D([], [], ls="", marker="o", mfc="white", mec=CLEAN, mew=1.6, ms=5.5, label=other))
     fig.legend(handles=handles, loc="outside lower right", ncols=3, handlelength=1.4)
 
 
@@ -672,14 +677,16 @@ def _count_axis(ax: Axes, x: np.ndarray, counts: np.ndarray) -> None:
     top.spines["top"].set_visible(False)
 
 
-def _mark_choice(ax: Axes, rows: Sequence[Mapping[str, Any]], chosen: float, columns: Sequence[str]) -> None:
+def _mark_choice(
+    ax: Axes, rows: Sequence[Mapping[str, Any]], chosen: float, label: str, columns: Sequence[str]
+) -> None:
     nearest = min(rows, key=lambda row: abs(row["threshold"] - chosen))
     low, high = ax.get_xlim()
     left = chosen > (low + high) / 2
     ax.axvline(chosen, color=INK, lw=1.3)
     numbers = "\n".join(f"{_NAMES.get(c, c)} {100 * nearest[c]:.1f} %" for c in columns if nearest.get(c) is not None)
     ax.annotate(
-        f"chosen on clean data: {chosen:g}\n{numbers}",
+        f"{label}: {chosen:g}\n{numbers}",
         (chosen, 50),
         xytext=(-6 if left else 6, 0),
         textcoords="offset points",

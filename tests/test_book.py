@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import bookext
 import pytest
 import vendor
 from bs4 import BeautifulSoup
@@ -92,7 +93,7 @@ def test_pages_say_their_language_and_title(soups: dict[Path, BeautifulSoup]) ->
 
 def test_no_markup_is_left_over(soups: dict[Path, BeautifulSoup]) -> None:
     # a role or directive that nothing rendered, a citation or a reference that stayed a question mark
-    left = re.compile(r"\{(?:cite|ref|numref|eq|term|glue|doc|seconds|prf)[:\w]*\}`|:::|```|\[\?\]|\?\?")
+    left = re.compile(r"\{(?:cite|ref|numref|eq|term|glue|doc|seconds|reading|prf)[:\w]*\}`|:::|```|\[\?\]|\?\?")
     found = []
     for page, soup in soups.items():
         article = soup.select_one("article") or soup
@@ -143,3 +144,13 @@ class TestVendor:
         with pytest.raises(ValueError, match="refused"):
             vendor.ensure(tmp_path / "out")
         assert not (tmp_path / "out" / "require.js").exists()
+
+
+def test_reading_time_counts_prose_and_shown_code() -> None:
+    def cell(kind: str, source: str, **metadata: list[str]) -> dict:
+        return {"cell_type": kind, "source": source, "metadata": metadata}
+
+    prose, code = cell("markdown", "word " * 2000), cell("code", "x = 1\n\n" * 40)
+    hidden = cell("code", "x = 1\n" * 1000, tags=["remove-cell"])
+    assert bookext.reading_minutes({"cells": [prose]}) == 10
+    assert bookext.reading_minutes({"cells": [prose, code, hidden]}) == 15  # 10 + 4, to the next five

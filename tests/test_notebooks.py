@@ -16,6 +16,7 @@ from nbformat import NotebookNode
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STATE = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
+COLUMNS = 98  # characters of code that a wide window shows without scrolling
 FRAME = 8 * 1024  # bytes of one picture in a widget
 MACHINE = re.compile(r"(?:/(?:home|root|tmp|work|Users|mnt)/\w|[A-Z]:\\Users)[^\s\"']*")
 
@@ -75,6 +76,11 @@ def test_stamp_sees_code_library_and_records(tmp_path: Path, monkeypatch: pytest
     notebook.metadata["bdlib"]["reads"] = ["absent.json"]
     with pytest.raises(ValueError, match=r"absent\.json"):
         stamp()
+
+
+def test_code_fits_the_page(notebook: NotebookNode) -> None:
+    long = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    assert [line for line in long if len(line) > COLUMNS] == []
 
 
 def test_executed_in_order(notebook: NotebookNode) -> None:

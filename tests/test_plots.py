@@ -57,8 +57,13 @@ def every_figure() -> dict:
         "images": plots.images(x, list(CLASSES[:4]), kinds=["clean", "triggered"] * 2),
         "wrapped": plots.images(batch(10), [*CLASSES, "a", "b", "c"], columns=8),
         "rows": plots.images([x, stamped(x)], ["#0", "#1", "#2", "#3"], rows=["clean", "triggered"]),
-        "triple": plots.triple(x[:2], stamped(x[:2]), logits(2, 0), CLASSES, clean_logits=logits(2, 3), target=0),
+        "triple": plots.triple(x[:2], stamped(x[:2]), logits(2, 0), CLASSES, other_logits=logits(2, 3), target=0),
         "narrow triple": plots.triple(x[0], stamped(x)[0], logits(1, 0)[0], CLASSES, width=5),
+        "repaired triple": plots.triple(
+            x[:1], stamped(x[:1]), logits(1, 3), CLASSES, other_logits=logits(1, 0), other="before the defence"
+        ),
+        "verdict": plots.verdict(x[0], logits(1, 0)[0], CLASSES, target=0, other_logits=logits(1, 3)[0]),
+        "plain verdict": plots.verdict(x[0], logits(1, 0)[0], CLASSES),
         "history": plots.history({"clean": epochs(), "poisoned": epochs(9)}),
         "curve": plots.curve(CURVE, chosen=0.25, columns=("acc", "asr", "ra")),
         "histogram": plots.mask_histogram(masks(), 0.2),
@@ -153,7 +158,7 @@ def test_triple_amplifies_the_difference_and_keeps_the_clean_class() -> None:
     x = 0.2 + 0.6 * batch(1)
     y = x.clone()
     y[..., :3, :3] += 0.04
-    fig = plots.triple(x, y, logits(1, 0), CLASSES, clean_logits=logits(1, 0) - 40 * torch.eye(7)[0], target=0)
+    fig = plots.triple(x, y, logits(1, 0), CLASSES, other_logits=logits(1, 0) - 40 * torch.eye(7)[0], target=0)
     clean, difference, triggered, bars = fig.axes[:4]
     assert difference.get_title() == "difference × 20"
     shown = difference.images[0].get_array()
@@ -161,15 +166,37 @@ def test_triple_amplifies_the_difference_and_keeps_the_clean_class() -> None:
     assert (clean.get_title(), triggered.get_title()) == ("clean", "with trigger")
     labels = [t.get_text() for t in bars.get_yticklabels()]
     assert labels[0] == "stop" and len(labels) == 5
+    assert [t.get_text() for t in fig.legends[0].get_texts()][-1] == "clean"
     # the clean image's class is always among the five, even when the trigger leaves it last
     after = logits(1, 0)
     after[0, 5] = -30
-    fig = plots.triple(x, y, after, CLASSES, clean_logits=logits(1, 5))
+    fig = plots.triple(x, y, after, CLASSES, other_logits=logits(1, 5))
     assert [t.get_text() for t in fig.axes[3].get_yticklabels()][-1] == "pedestrians cro…"
     with pytest.raises(ValueError, match=r"logits must have shape \(1, 7\), got \(1, 3\)"):
         plots.triple(x, y, torch.zeros(1, 3), CLASSES)
     with pytest.raises(ValueError, match="one shape"):
         plots.triple(x, y[..., :-1], logits(1, 0), CLASSES)
+
+
+def test_the_circles_are_named_for_what_they_are() -> None:
+    x = batch(1)
+    fig = plots.triple(x, x, logits(1, 3), CLASSES, other_logits=logits(1, 0), other="before the defence")
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["with trigger", "before the defence"]
+    assert "before the defence" not in str(plots.triple(x, x, logits(1, 3), CLASSES).legends[0].get_texts())
+
+
+def test_verdict_shows_the_image_and_the_same_places_in_every_frame() -> None:
+    x = batch(2)
+    first = plots.verdict(x[0], logits(1, 0)[0], CLASSES, target=0, other_logits=logits(1, 5)[0])
+    second = plots.verdict(x[1], logits(1, 2)[0], CLASSES, target=0, other_logits=logits(1, 5)[0])
+    names = [t.get_text() for t in first.axes[1].get_yticklabels()]
+    assert names[0] == "stop" and "pedestrians cro…" in names and len(names) == 5
+    for a, b in zip(first.axes, second.axes, strict=True):
+        assert a.get_position().bounds == b.get_position().bounds
+    assert not np.array_equal(first.axes[0].images[0].get_array(), second.axes[0].images[0].get_array())
+    assert len(plots.png(first)) < 8000
+    with pytest.raises(ValueError, match=r"other_logits must have shape \(1, 7\), got \(1, 2\)"):
+        plots.verdict(x[0], logits(1, 0)[0], CLASSES, other_logits=torch.zeros(2))
 
 
 def test_curve_marks_the_choice_and_says_oracle() -> None:
@@ -180,6 +207,9 @@ def test_curve_marks_the_choice_and_says_oracle() -> None:
     assert asr.get_linestyle() != acc.get_linestyle() and asr.get_marker() != acc.get_marker()
     (note,) = ax.texts
     assert "0.25" in note.get_text() and "ACC 95.1 %" in note.get_text() and "ASR 0.0 %" in note.get_text()
+    assert note.get_text().startswith("chosen on clean data: 0.25\n")
+    (slid,) = plots.curve(CURVE, chosen=0.25, label="slider").axes[0].texts
+    assert slid.get_text().startswith("slider: 0.25\n")
     assert "oracle" in ax.get_title(loc="left")
     assert plots.curve(CURVE, oracle=False).axes[0].get_title(loc="left") == ""
     with pytest.raises(ValueError, match="no 'ra' in a record"):

@@ -1,7 +1,8 @@
 """The book's own Sphinx extension: what Jupyter Book does not do.
 
 ``{seconds}`02-anp` `` in a page becomes the seconds that the chapter took in the last `make execute`, from
-book/results/notebook_seconds.json: the heads of the chapters never type them.
+book/results/notebook_seconds.json, and ``{reading}`02-anp` `` the minutes that its words and code take to read: the
+heads of the chapters never type them.
 
 Code in a docstring needs no double colon of reStructuredText, so docstrings stay readable in a terminal.
 
@@ -10,6 +11,7 @@ The text under "Returns:" may hold a colon, factory defaults are an ellipsis, fi
 
 import ast
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Examples?|Notes?|R
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_role("seconds", seconds)
+    app.add_role("reading", reading)
     app.connect("autodoc-process-docstring", mark_code, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-skip-member", skip_fields)
@@ -44,6 +47,29 @@ def seconds(name, rawtext, text, lineno, inliner, options=None, content=None):
         message = inliner.reporter.warning(f"{SECONDS} knows {known}, not {text}: run make execute", line=lineno)
         return [nodes.Text("(not yet run)")], [message]
     return [nodes.Text(f"{chapters[text]['seconds']:.0f} s")], []
+
+
+def reading(name, rawtext, text, lineno, inliner, options=None, content=None):
+    """The role: a chapter's file name without its ending -> the minutes that reading it takes, to the next five."""
+    environment = inliner.document.settings.env
+    path = Path(environment.srcdir) / "notebooks" / f"{text}.ipynb"
+    if not path.is_file():
+        message = inliner.reporter.warning(f"no chapter {text}.ipynb in notebooks", line=lineno)
+        return [nodes.Text("?")], [message]
+    environment.note_dependency(str(path))
+    return [nodes.Text(str(reading_minutes(json.loads(path.read_text(encoding="utf-8")))))], []
+
+
+def reading_minutes(notebook: dict[str, Any]) -> int:
+    """200 words of prose a minute and 6 seconds for a line of code that the page shows, to the next five minutes."""
+    words = lines = 0
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words += len(source.split())
+        elif "remove-cell" not in cell["metadata"].get("tags", []):
+            lines += sum(bool(line.strip()) for line in source.splitlines())
+    return 5 * math.ceil((words / 200 + lines / 10) / 5)
 
 
 def returns_prose(docstring: GoogleDocstring, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
