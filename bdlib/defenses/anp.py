@@ -85,11 +85,13 @@ class ANP:
 
     @classmethod
     def small(cls) -> "ANP":
-        """For the book's small network, settled on seeds 0 and 1: fewer and larger steps, or the masks do not separate.
+        """For the book's small network, settled on seeds 0 to 2: fewer and larger steps, or the masks do not separate.
 
-        The threshold is chosen on held-out clean images.
+        The natural loss weighs half, not a fifth: the masks of different seeds agree better then, and an independent
+        reproduction (eecs6322) found every weight from 0.1 to 0.9 to serve. The threshold is chosen on held-out clean
+        images, at a drop of at most three points.
         """
-        return cls(iterations=300, batch=64, lr=0.5)
+        return cls(alpha=0.5, iterations=300, batch=64, lr=0.5, max_drop=0.03)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Learn masks on `clean`, choose a threshold on its held-out part, prune the original network.
