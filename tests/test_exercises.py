@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 from bdlib import exercises
+from bdlib.exercises import students
 
 PATCH = torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 1]])
 
@@ -325,9 +326,9 @@ def test_student_changes_answers_and_outputs_and_nothing_else() -> None:
 
 def test_gates_without_a_blank_line_and_longer_fences() -> None:
     lines = ["before", "`````{solution} a", "```python", "x", "```", "`````", "after"]
-    assert exercises._without_solution_blocks(lines) == ["before", "after"]
+    assert students._without_solution_blocks(lines) == ["before", "after"]
     lines = ["before", "```{solutions}", "kept", "```", ":::{solution-start} b", ":::", "kept too"]
-    assert exercises._without_solution_blocks(lines) == ["before", "```{solutions}", "kept", "```", "kept too"]
+    assert students._without_solution_blocks(lines) == ["before", "```{solutions}", "kept", "```", "kept too"]
 
 
 def break_chapter(change: Callable) -> nbformat.NotebookNode:
@@ -410,24 +411,24 @@ def test_cells_cannot_be_made_wrong() -> None:
 def test_command_line(tmp_path: Path, capsys) -> None:
     source, out = tmp_path / "chapter.ipynb", tmp_path / "student.ipynb"
     nbformat.write(chapter(), source)
-    assert exercises.main(["student", str(source), "-o", str(out)]) == 0
+    assert students.main(["student", str(source), "-o", str(out)]) == 0
     assert "2 exercises without their answers" in capsys.readouterr().out
     exercises.validate(source, out)
     assert "patch = torch.tensor" not in out.read_text() and json.loads(out.read_text())["nbformat"] == 4
-    assert exercises.main(["validate", str(source), str(source)]) == 0
+    assert students.main(["validate", str(source), str(source)]) == 0
     assert capsys.readouterr().out.count("in order") == 2
-    assert exercises.main(["validate", str(out)]) == 1
+    assert students.main(["validate", str(out)]) == 1
     assert "needs ### BEGIN SOLUTION" in capsys.readouterr().err
 
     kept = source.read_bytes()
-    assert exercises.main(["student", str(source), "-o", str(source)]) == 1
+    assert students.main(["student", str(source), "-o", str(source)]) == 1
     assert "choose another file" in capsys.readouterr().err and source.read_bytes() == kept
     (tmp_path / "no.ipynb").write_text("not json")
     for bad in ("no.ipynb", "absent.ipynb"):
-        assert exercises.main(["student", str(tmp_path / bad), "-o", str(out)]) == 1
+        assert students.main(["student", str(tmp_path / bad), "-o", str(out)]) == 1
         assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit):
-        exercises.main(["student", str(source)])
+        students.main(["student", str(source)])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

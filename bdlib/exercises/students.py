@@ -1,13 +1,4 @@
-"""Exercises: checkers that name the input on which a reader's function fails, and the copy for students.
-
-    exercises.check_stamp(stamp)       # check_stamp: passed, 6 inputs
-    python -m bdlib.exercises student notebooks/02-anp.ipynb -o anp-student.ipynb
-
-A code exercise is two cells that carry nbgrader's metadata (schema 3): a solution cell, whose answer stands between
-`### BEGIN SOLUTION` and `### END SOLUTION`, and a locked test cell that calls a checker. In the chapter the solution
-runs; `student` replaces what stands between the markers by a line that raises, exactly as nbgrader does, so nbgrader
-is an option for a teacher and no dependency. In Markdown the markers are comments: ``<!-- BEGIN SOLUTION -->``.
-"""
+"""The cells of an exercise, with nbgrader's metadata (schema 3), and the copy of a chapter for students."""
 
 import argparse
 import ast
@@ -16,14 +7,9 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
-
-CHECKER = ((0, 0, 1), (0, 1, 0), (1, 0, 1))  # 1 is white: the patch of the NAD and ANP code
 
 CODE_STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 TEXT_STUB = "YOUR ANSWER HERE"
@@ -31,240 +17,6 @@ TEXT_STUB = "YOUR ANSWER HERE"
 _BEGIN, _END = "BEGIN SOLUTION", "END SOLUTION"
 _BEGIN_HIDDEN, _END_HIDDEN = "BEGIN HIDDEN TESTS", "END HIDDEN TESTS"
 _HIDING_TAGS = ("hide-cell", "hide-input", "remove-cell", "remove-input")
-
-
-class CheckError(AssertionError):
-    """A reader's function gave a wrong answer; the message names the input and the first wrong place."""
-
-
-def check(
-    fn: Callable[..., Any],
-    reference: Callable[..., Any],
-    inputs: Sequence[tuple[str, tuple[Any, ...]]],
-    *,
-    tol: float = 1e-5,
-    name: str = "check",
-) -> None:
-    """Compare a function with a reference on named inputs, and print one line when it passes all of them.
-
-    Args:
-        fn: the reader's function.
-        reference: what it should compute, with the same arguments.
-        inputs: pairs of a description ("a black image") and the arguments.
-        tol: largest absolute difference between numbers.
-        name: what the printed line calls the exercise.
-
-    Raises:
-        CheckError: another result, type or shape, an exception, or arguments that were changed in place.
-        NotImplementedError: passed on as it is, so that an empty stub says that it is empty.
-    """
-    for where, args in inputs:
-        expected = reference(*copy.deepcopy(args))
-        given = copy.deepcopy(args)
-        try:
-            got = fn(*given)
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            raise CheckError(f"{name}: on {where}, your function raised {type(error).__name__}: {error}") from error
-        problem = _difference(got, expected, tol)
-        if problem:
-            raise CheckError(f"{name}: on {where}, {problem}")
-        for i, (before, after) in enumerate(zip(args, given, strict=True)):
-            if _difference(after, before, 0):
-                raise CheckError(f"{name}: on {where}, your function changed its argument {i + 1}: work on a copy")
-    count = len(inputs)
-    print(f"{name}: passed, {count} input{'' if count == 1 else 's'}")  # noqa: T201 (the line is the product)
-
-
-def check_stamp(
-    stamp: Callable[[Tensor], Tensor], *, pattern: Sequence[Sequence[float]] = CHECKER, seed: int = 0
-) -> None:
-    """`stamp(images)` returns a copy with the 3x3 checkered patch in the bottom right corner.
-
-    Args:
-        stamp: ``(N, C, H, W)`` float in [0, 1] -> the same shape.
-        pattern: the patch, rows from the top; 1 is white and 0 black.
-        seed: of the random images.
-
-    Raises:
-        CheckError: see `check`.
-    """
-    patch = torch.tensor(pattern, dtype=torch.float32)
-    high, wide = patch.shape
-
-    def reference(images: Tensor) -> Tensor:
-        out = images.clone()
-        out[..., -high:, -wide:] = patch
-        return out
-
-    rng = torch.Generator().manual_seed(seed)
-    inputs = [
-        ("a black 32x32 image", (torch.zeros(1, 3, 32, 32),)),
-        ("a white 32x32 image", (torch.ones(1, 3, 32, 32),)),
-        ("4 random 32x32 images", (torch.rand(4, 3, 32, 32, generator=rng),)),
-        ("3 random grey 28x28 images of one channel", (torch.rand(3, 1, 28, 28, generator=rng),)),
-        ("2 random images 20 high and 24 wide", (torch.rand(2, 3, 20, 24, generator=rng),)),
-        ("an empty batch", (torch.zeros(0, 3, 32, 32),)),
-    ]
-    check(stamp, reference, inputs, name="check_stamp")
-
-
-def check_poison_count(count: Callable[[int, float], int]) -> None:
-    """`count(n, rate)` is how many of n images are poisoned: n times rate, rounded to the nearest whole number.
-
-    Raises:
-        CheckError: see `check`.
-    """
-    cases = [(5000, 0.1), (5000, 0.0), (5000, 1.0), (100, 0.29), (7, 0.2), (39209, 0.1), (0, 0.1)]
-    inputs = [(f"n = {n}, rate = {rate}", (n, rate)) for n, rate in cases]
-    check(count, lambda n, rate: round(rate * n), inputs, tol=0, name="check_poison_count")
-
-
-def check_asr(asr: Callable[[Tensor, Tensor, int], float], *, seed: int = 0) -> None:
-    """`asr(predictions, labels, target)` is the attack success rate: hits among images of the other classes.
-
-    Args:
-        asr: predictions on triggered images ``(N,)``, their true labels ``(N,)`` and the target -> share in [0, 1].
-        seed: of the random predictions.
-
-    Raises:
-        CheckError: see `check`.
-    """
-
-    def reference(predictions: Tensor, labels: Tensor, target: int) -> float:
-        eligible = labels != target
-        return float((predictions[eligible] == target).double().mean())
-
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (60,), generator=rng)
-    inputs = [
-        ("a perfect attack (all 60 predicted as the target)", (torch.full((60,), 2), labels, 2)),
-        ("a failed attack (all 60 predicted correctly)", (labels.clone(), labels, 2)),
-        ("60 random predictions, target 0", (torch.randint(0, 4, (60,), generator=rng), labels, 0)),
-        ("60 random predictions, target 3", (torch.randint(0, 4, (60,), generator=rng), labels, 3)),
-        ("labels (1, 1, 1, 0), predictions (1, 1, 1, 1), target 1", (torch.ones(4).long(), _ints(1, 1, 1, 0), 1)),
-        ("labels (1, 1, 0, 2), predictions (1, 1, 1, 2), target 1", (_ints(1, 1, 1, 2), _ints(1, 1, 0, 2), 1)),
-    ]
-    check(asr, reference, inputs, name="check_asr")
-
-
-def check_perturbed_bn(bn: Callable[..., Tensor], *, seed: int = 0) -> None:
-    """`bn(xhat, gamma, beta, m, delta, xi)` is BatchNorm's output with a mask and noise on its two parameters.
-
-    ``gamma (m + delta) xhat + beta (1 + xi)``, per channel.
-
-    Args:
-        bn: normalised input ``(N, C, H, W)`` and five tensors ``(C,)`` -> ``(N, C, H, W)``.
-        seed: of the random tensors.
-
-    Raises:
-        CheckError: see `check`.
-    """
-
-    def reference(xhat: Tensor, gamma: Tensor, beta: Tensor, m: Tensor, delta: Tensor, xi: Tensor) -> Tensor:
-        scale, shift = gamma * (m + delta), beta * (1 + xi)
-        return scale[None, :, None, None] * xhat + shift[None, :, None, None]
-
-    rng = torch.Generator().manual_seed(seed)
-
-    def case(n: int, c: int, h: int, w: int, m: float | None, delta: float, xi: float) -> tuple[Tensor, ...]:
-        mask = torch.rand(c, generator=rng) if m is None else torch.full((c,), m)
-        noise = [scale * (2 * torch.rand(c, generator=rng) - 1) for scale in (delta, xi)]
-        gamma, beta = torch.rand(c, generator=rng) + 0.5, torch.randn(c, generator=rng)
-        return torch.randn(n, c, h, w, generator=rng), gamma, beta, mask, *noise
-
-    inputs = [
-        ("m = 1, no noise (plain BatchNorm), shape (2, 5, 3, 4)", case(2, 5, 3, 4, 1, 0, 0)),
-        ("m = 0, no noise (only beta is left), shape (2, 5, 3, 4)", case(2, 5, 3, 4, 0, 0, 0)),
-        ("a random mask, no noise, shape (2, 5, 3, 4)", case(2, 5, 3, 4, None, 0, 0)),
-        ("m = 1, noise delta only, shape (2, 5, 3, 4)", case(2, 5, 3, 4, 1, 0.4, 0)),
-        ("m = 1, noise xi only, shape (2, 5, 3, 4)", case(2, 5, 3, 4, 1, 0, 0.4)),
-        ("m = 0, noise delta (gamma (m + delta) may be negative)", case(2, 5, 3, 4, 0, 0.4, 0)),
-        (
-            "mask and both noises, as many channels as pixels across, shape (2, 4, 4, 4)",
-            case(2, 4, 4, 4, None, 0.4, 0.4),
-        ),
-    ]
-    check(bn, reference, inputs, name="check_perturbed_bn")
-
-
-def check_noise_step(step: Callable[[Tensor, Tensor, float, float], Tensor], *, seed: int = 0) -> None:
-    """`step(noise, grad, size, eps)` is one step of projected sign ascent.
-
-    Towards a larger loss by `size` along the sign of the gradient, then back into [-eps, eps].
-
-    Args:
-        step: noise ``(C,)``, its gradient ``(C,)``, step size, bound -> noise ``(C,)``.
-        seed: of the random tensors.
-
-    Raises:
-        CheckError: see `check`.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    start = 0.8 * torch.rand(6, generator=rng) - 0.4
-    inputs = [
-        ("noise 0, gradient (+1, -1, 0), size 0.1, eps 0.4", (torch.zeros(3), torch.tensor([1.0, -1, 0]), 0.1, 0.4)),
-        ("gradients of very different size", (torch.zeros(3), torch.tensor([1e-6, -500.0, 2.0]), 0.1, 0.4)),
-        ("noise at the bound, pushed outwards", (torch.tensor([0.4, -0.4]), torch.tensor([1.0, -1]), 0.4, 0.4)),
-        ("noise at the bound, pushed inwards", (torch.tensor([0.4, -0.4]), torch.tensor([-1.0, 1]), 0.1, 0.4)),
-        ("6 random noises, size 0.4, eps 0.4", (start, torch.randn(6, generator=rng), 0.4, 0.4)),
-        ("eps 0", (torch.zeros(4), torch.randn(4, generator=rng), 0.1, 0.0)),
-    ]
-    check(step, lambda x, g, size, eps: (x + size * g.sign()).clamp(-eps, eps), inputs, name="check_noise_step")
-
-
-def check_mask_step(step: Callable[[Tensor, Tensor, float], Tensor], *, seed: int = 0) -> None:
-    """`step(mask, grad, lr)` is one step of gradient descent on the mask, kept in [0, 1].
-
-    Args:
-        step: mask ``(C,)`` in [0, 1], its gradient ``(C,)``, learning rate -> mask ``(C,)``.
-        seed: of the random tensors.
-
-    Raises:
-        CheckError: see `check`.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.rand(8, generator=rng)
-    inputs = [
-        ("mask 0.5, gradient (+1, -1, 0), lr 0.2", (torch.full((3,), 0.5), torch.tensor([1.0, -1, 0]), 0.2)),
-        ("mask 1, gradient -1: it must stay at 1", (torch.ones(3), torch.full((3,), -1.0), 0.2)),
-        ("mask 0.1, gradient +3: it must stop at 0", (torch.full((3,), 0.1), torch.full((3,), 3.0), 0.2)),
-        ("8 random masks, lr 0.2", (mask, torch.randn(8, generator=rng), 0.2)),
-        ("8 random masks, lr 0: nothing moves", (mask, torch.randn(8, generator=rng), 0.0)),
-    ]
-    check(step, lambda m, g, lr: (m - lr * g).clamp(0, 1), inputs, name="check_mask_step")
-
-
-def check_choose_threshold(choose: Callable[[list[float], list[float], float, float], float]) -> None:
-    """`choose(thresholds, accuracies, before, max_drop)` is the largest threshold that clean accuracy can afford.
-
-    Args:
-        choose: thresholds, clean accuracy at each, accuracy of the unpruned network, allowed drop (all accuracies as
-            shares in [0, 1]) -> the largest threshold with ``before - accuracy <= max_drop``, or -1 (prune nothing).
-
-    Raises:
-        CheckError: see `check`.
-    """
-
-    def reference(thresholds: list[float], accuracies: list[float], before: float, max_drop: float) -> float:
-        fine = [t for t, accuracy in zip(thresholds, accuracies, strict=True) if before - accuracy <= max_drop]
-        return max(fine, default=-1.0)
-
-    # accuracies are multiples of 1/16, which floats hold exactly: no answer hangs on a rounding
-    grid = [0.0, 0.2, 0.4, 0.6, 0.8]
-    falling = [0.9375, 0.9375, 0.875, 0.625, 0.25]
-    bumpy = [0.9375, 0.75, 0.9375, 0.875, 0.25]
-    inputs = [
-        ("falling accuracies, 12.5 points allowed", (grid, falling, 0.9375, 0.125)),
-        ("a drop that is exactly the allowed 6.25 points", (grid, falling, 0.9375, 0.0625)),
-        ("no drop allowed", (grid, falling, 0.9375, 0.0)),
-        ("accuracies that dip and recover, 10 points allowed", (grid, bumpy, 0.9375, 0.1)),
-        ("thresholds in falling order", (grid[::-1], falling[::-1], 0.9375, 0.125)),
-        ("an accuracy that pruning improves", (grid, [0.5, 0.75, 0.75, 0.25, 0.25], 0.5, 0.0)),
-        ("no threshold that qualifies: -1 is expected", (grid, [0.5, 0.5, 0.25, 0.25, 0.25], 0.9375, 0.125)),
-    ]
-    check(choose, reference, inputs, name="check_choose_threshold")
 
 
 def solution_cell(source: str, grade_id: str, *, gated: bool = True) -> Any:
@@ -401,54 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _ints(*values: int) -> Tensor:
-    return torch.tensor(values)
-
-
 def _say(line: str) -> None:
     print(line)  # noqa: T201 (the command line's answer)
-
-
-def _difference(got: Any, expected: Any, tol: float) -> str | None:
-    """What is wrong with a result, in words, or None."""
-    if got is None and expected is not None:
-        return "your function returned None: is a `return` missing?"
-    if isinstance(expected, Tensor):
-        if not isinstance(got, Tensor):
-            return f"your function returned {_type(got)}, expected a tensor"
-        if got.shape != expected.shape:
-            return f"the result has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-        if got.is_floating_point() != expected.is_floating_point():
-            return f"the result is {got.dtype}, expected {expected.dtype}"
-        if not expected.numel():
-            return None
-        a, b = got.detach().double().cpu(), expected.detach().double().cpu()
-        wrong = ~((a - b).abs() <= tol)  # catches nan as well
-        if not wrong.any():
-            return None
-        place = tuple(int(i) for i in wrong.nonzero()[0])
-        return (
-            f"result[{', '.join(map(str, place))}] is {float(a[place]):.6g}, expected {float(b[place]):.6g} "
-            f"({int(wrong.sum())} of {wrong.numel()} values differ)"
-        )
-    if isinstance(expected, bool | int | float):
-        try:
-            number = float(got)
-        except (TypeError, ValueError, RuntimeError):
-            return f"your function returned {_type(got)}, expected a number"
-        return None if abs(number - expected) <= tol else f"the result is {number:.6g}, expected {expected:.6g}"
-    if isinstance(expected, list | tuple):
-        if not isinstance(got, list | tuple) or len(got) != len(expected):
-            return f"your function returned {_type(got)}, expected {len(expected)} values"
-        pairs = enumerate(zip(got, expected, strict=True))
-        return next((f"in value {i}, {p}" for i, (a, b) in pairs if (p := _difference(a, b, tol))), None)
-    return None if got == expected else f"the result is {got!r}, expected {expected!r}"
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
 
 
 def _marks(cell: Any) -> dict[str, Any]:
@@ -629,7 +335,3 @@ def _write(notebook: Any, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
