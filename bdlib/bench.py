@@ -22,9 +22,16 @@ from tqdm.auto import tqdm
 from bdlib import files, provenance, store
 from bdlib.attacks.badnets import BadNets
 from bdlib.attacks.blend import Blend
+from bdlib.attacks.sig import SIG
 from bdlib.defenses.anp import ANP
 from bdlib.defenses.fp import FP
 from bdlib.defenses.ft import FT
+from bdlib.defenses.ft_sam import FTSAM
+from bdlib.defenses.ibau import IBAU
+from bdlib.defenses.mnp import MNP
+from bdlib.defenses.nad import NAD
+from bdlib.defenses.npd import NPD
+from bdlib.defenses.rnp import RNP, Ascent
 from bdlib.lab import HELD_OUT, Lab
 from bdlib.metrics import Scores, accuracy, der, evaluate
 from bdlib.neurons import curve, grid
@@ -83,6 +90,42 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
             add("poison-rate", {"attack": name, "rate": rate}, replace(attack, rate=rate), None)
     for images in (20, 5):
         add("anp-budget", {"per_class": images}, badnets, ANP.small(), per_class=images)
+    every = both | {"SIG": SIG.small(target)}
+    methods: dict[str, tuple[Any, ...]] = {
+        "nad": (NAD.small(),),
+        "rnp": (RNP.small(),),
+        "npd": (NPD.small(),),
+        "mnp": (MNP.small(),),
+        "baselines": (IBAU.small(), FTSAM.small()),
+    }
+    for experiment, defences in methods.items():
+        for name, attack in every.items():
+            for defence in defences:
+                add(experiment, {"attack": name, "defence": type(defence).__name__}, attack, defence)
+    add("sig", {"attack": "SIG", "defence": "none"}, every["SIG"], None)
+    for defence in (ANP.small(), FP.small(), replace(FT.small(), lr=0.1)):
+        add("sig", {"attack": "SIG", "defence": type(defence).__name__}, every["SIG"], defence)
+    for experiment, variants in {
+        "nad-variants": {
+            "no attention": replace(NAD.small(), betas=(0.0, 0.0, 0.0)),
+            "attention x 10": replace(NAD.small(), betas=(5e3, 1e4, 1e4)),
+        },
+        "rnp-variants": {
+            "released ascent": replace(RNP.small(), ascent=Ascent(batch=64)),
+            "running statistics": replace(RNP.small(), ascent=replace(RNP.small().ascent, batch_statistics=False)),
+        },
+        "npd-variants": {
+            "on the branch": replace(NPD.small(), place="branch"),
+            "clean loss only": replace(NPD.small(), weights=(1.0, 0.0, 0.0, 0.0)),
+            "bound 2": replace(NPD.small(), bound=2.0),
+        },
+        "mnp-variants": {
+            "no penalty": replace(MNP.small(), penalty=0.0),
+            "no preserving": replace(MNP.small(), kappa=0.0),
+        },
+    }.items():
+        for variant, defence in variants.items():
+            add(experiment, {"variant": variant}, badnets, defence)
     return out
 
 

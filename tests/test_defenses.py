@@ -7,23 +7,42 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import toys
 from torch import nn
 
+from bdlib import models
 from bdlib.data.imageset import CleanSet
-from bdlib.defenses import ANP, FP, FT, Repair
+from bdlib.defenses import ANP, FP, FT, FTSAM, IBAU, MNP, NAD, NPD, RNP, Repair
 from bdlib.defenses.fp import last_linear, mean_activation
+from bdlib.defenses.rnp import Ascent
 from bdlib.metrics import accuracy, evaluate
+from bdlib.models import normalized
 from bdlib.training import Recipe, fit, predict
 
 QUICK_FT = FT(lr=0.02, epochs=2, batch=32)
+EPOCHS = Recipe(8, 32, 0.2, 0.9, 5e-4)
+ASCENT = Ascent(lr=0.003, batch=32, milestones=(), epochs=20)
+MASKS = {"masks", "threshold", "pruned", "choice", "snapshots"}
 # a defence, small; the keys of its log records and details; whether it can find a neuron that clean images never move
 DEFENCES = [
     (ANP(iterations=25, batch=32), {"iteration", "natural", "robust", "mean_mask"},
-     {"masks", "threshold", "pruned", "choice", "snapshots"}, True),
+     MASKS, True),
     (FT(lr=0.2, epochs=8, batch=32), {"epoch", "loss", "accuracy", "lr", "seconds"}, {"snapshots"}, False),
     (FP(tune=QUICK_FT), {"epoch", "loss", "accuracy", "lr", "seconds"},
      {"activation", "order", "pruned", "choice", "snapshots"}, True),
+    (NAD(teacher=replace(EPOCHS, epochs=3), student=EPOCHS, betas=(500, 1000), cutout=0),
+     {"epoch", "loss", "accuracy", "lr", "seconds", "attention"},
+     {"teacher", "teacher_log", "stages", "betas", "snapshots"}, False),
+    (RNP(ascent=ASCENT, epochs=4, batch=32, max_drop=0.05), {"epoch", "loss", "accuracy", "mean_mask"},
+     {*MASKS, "unlearned", "unlearning", "reached", "networks"}, False),
+    (NPD(bound=1.0, step=0.2, epochs=15, lr=0.05, batch=32, warm_up=1, layer="1.conv2"),
+     {"epoch", "clean", "kept", "boosted", "escaped"}, {"layer", "polarizer", "warm_accuracy", "snapshots"}, False),
+    (MNP(ascent=ASCENT, epochs=4, batch=32, max_drop=0.05), {"epoch", "loss", "accuracy", "mean_mask"},
+     {*MASKS, "suppressed", "suppression", "reached", "penalty", "magnitude"}, False),
+    (IBAU(lr=2e-2, batch=50, rounds=3), {"round", "fooled", "loss", "norm"}, {"perturbation", "snapshots"}, False),
+    (FTSAM(rho=1.0, lr=0.2, epochs=8, batch=32), {"epoch", "loss", "accuracy", "lr", "seconds"},
+     {"snapshots"}, False),
 ]  # fmt: skip
 each = pytest.mark.parametrize(("defence", "records", "details", "finds"), DEFENCES, ids=[repr(d[0]) for d in DEFENCES])
 each_alone = pytest.mark.parametrize("defence", [d[0] for d in DEFENCES], ids=lambda d: type(d).__name__)
@@ -52,7 +71,8 @@ def test_the_given_network_is_bit_equal_afterwards_and_a_new_one_returned(
     assert not {p.data_ptr() for p in repair.model.parameters()} & {p.data_ptr() for p in net.parameters()}
     assert not any(m.training for m in repair.model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*net.modules(), *repair.model.modules()))
-    assert repair.model.state_dict().keys() == net.state_dict().keys()  # loads into a plain network
+    if not isinstance(defence, NPD):  # which adds a layer
+        assert repair.model.state_dict().keys() == net.state_dict().keys()  # loads into a plain network
     assert set(repair.details) == details and repair.log and all(set(r) == records for r in repair.log)
     assert all(isinstance(v, int | float) for r in repair.log for v in r.values())
 
@@ -259,3 +279,54 @@ def test_repaired_networks_are_scored_like_any_other():
     repaired = ANP(iterations=2, batch=8, threshold=-1.0)(net, toys.clean()).model
     x = toys.squares(20).images
     assert torch.equal(predict(repaired, x), predict(net, x))
+
+
+# ---- any network
+
+
+def shorter(defence):
+    """The defence with about two steps of everything."""
+    short = {
+        ANP: {"iterations": 2, "batch": 4},
+        FT: {"epochs": 1, "batch": 4},
+        FP: {"step": 0.5, "tune": FT(epochs=1, batch=4)},
+        NAD: {"teacher": Recipe(1, 4, 0.01), "student": Recipe(1, 4, 0.01), "betas": (500, 1000, 1000)},
+        RNP: {"ascent": Ascent(epochs=1, batch=4), "epochs": 1, "batch": 4},
+        NPD: {"epochs": 1, "batch": 4, "warm_up": 1, "layer": None},
+        MNP: {"ascent": Ascent(epochs=1, batch=4), "epochs": 1, "batch": 4},
+        IBAU: {"rounds": 1, "steps": 1, "batch": 4},
+        FTSAM: {"epochs": 1, "batch": 4},
+    }[type(defence)]
+    return replace(defence, **({"threshold": 0.5} if hasattr(defence, "threshold") else {}), **short)
+
+
+GREY = (0.5,) * 3
+NETWORKS = {
+    "small": (32, lambda: models.small(4, GREY, GREY)),
+    "resnet18": (32, lambda: models.resnet18(4, GREY, GREY)),
+    "preact_resnet18": (32, lambda: models.preact_resnet18(4, GREY, GREY)),
+    "wide_resnet": (32, lambda: models.wide_resnet(4, GREY, GREY)),
+    "vgg19_bn": (32, lambda: models.vgg19_bn(4, GREY, GREY)),
+    "torchvision resnet18": (64, lambda: normalized(torchvision.models.resnet18(num_classes=4), GREY, GREY)),
+    "torchvision mobilenet_v2": (64, lambda: normalized(torchvision.models.mobilenet_v2(num_classes=4), GREY, GREY)),
+    "torchvision vgg11_bn": (64, lambda: normalized(light_vgg(), GREY, GREY)),
+}
+
+
+def light_vgg():
+    """torchvision's, but for the two hidden layers of 4,096 in its classifier: 120 M weights, ten seconds a defence."""
+    net = torchvision.models.vgg11_bn(num_classes=4)
+    net.classifier = nn.Linear(512 * 7 * 7, 4)
+    return net
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@each_alone
+def test_every_defence_runs_on_every_network(defence, network):
+    side, make = NETWORKS[network]
+    net, data = make().eval(), toys.squares(8, side=side)
+    before = toys.state(net)
+    repair = shorter(defence)(net, CleanSet(data))
+    assert toys.unchanged(before, net)
+    logits = predict(repair.model, data.images)
+    assert logits.shape == (8, 4) and bool(logits.isfinite().all())
