@@ -105,7 +105,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     add("sig", {"attack": "SIG", "defence": "none"}, every["SIG"], None)
     for defence in (ANP.small(), FP.small(), replace(FT.small(), lr=0.1)):
         add("sig", {"attack": "SIG", "defence": type(defence).__name__}, every["SIG"], defence)
-    for experiment, variants in {
+    variants: dict[str, dict[str, Any]] = {
         "nad-variants": {
             "no attention": replace(NAD.small(), betas=(0.0, 0.0, 0.0)),
             "attention x 10": replace(NAD.small(), betas=(5e3, 1e4, 1e4)),
@@ -123,8 +123,9 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
             "no penalty": replace(MNP.small(), penalty=0.0),
             "no preserving": replace(MNP.small(), kappa=0.0),
         },
-    }.items():
-        for variant, defence in variants.items():
+    }
+    for experiment, changed in variants.items():
+        for variant, defence in changed.items():
             add(experiment, {"variant": variant}, badnets, defence)
     return out
 
