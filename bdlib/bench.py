@@ -35,9 +35,9 @@ from bdlib.defenses.rnp import RNP, Ascent
 from bdlib.lab import HELD_OUT, Lab
 from bdlib.metrics import Scores, accuracy, der, evaluate
 from bdlib.neurons import curve, grid
+from bdlib.records import RESULTS, read
 
 SEEDS = (3, 4, 5)  # 0 to 2 were used to settle data set, network and recipes
-RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "small"
 
 
 @dataclass(frozen=True)
@@ -185,23 +185,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def read(experiment: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The records of an experiment, as chapters read them; a damaged file is reported and counts as empty.
-
-    Raises:
-        FileNotFoundError: no such experiment.
-    """
-    path = folder / f"{experiment}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
-        raise FileNotFoundError(f"no records {path}; there are: {there}. `make records` makes them") from None
-    except ValueError as error:
-        warnings.warn(f"{path} is damaged ({error}); its records are made anew", stacklevel=2)
-        return []
 
 
 def status(lab: Lab, folder: Path = RESULTS, only: str = "") -> Iterator[tuple[Cell, str, dict[str, Any] | None]]:
