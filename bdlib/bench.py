@@ -112,7 +112,9 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         },
         "rnp-variants": {
             "released ascent": replace(RNP.small(), ascent=Ascent(batch=64)),
-            "running statistics": replace(RNP.small(), ascent=replace(RNP.small().ascent, batch_statistics=False)),
+            "running statistics, clipped": replace(
+                RNP.small(), ascent=replace(RNP.small().ascent, batch_statistics=False, clip=1.0)
+            ),
         },
         "npd-variants": {
             "on the branch": replace(NPD.small(), place="branch"),
