@@ -124,6 +124,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         "mnp-variants": {
             "no penalty": replace(MNP.small(), penalty=0.0),
             "no preserving": replace(MNP.small(), kappa=0.0),
+            "preserving x 1/30": replace(MNP.small(), kappa=1.0),
             "alternate": replace(MNP.small(), coupling="alternate"),
             "original": replace(MNP.small(), coupling="original"),
             "resuppress": replace(MNP.small(), coupling="resuppress"),
@@ -134,8 +135,8 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         for variant, defence in changed.items():
             add(experiment, {"variant": variant}, badnets, defence)
     tuned_weights = (FT.small(), FP.small(), NAD.small(), IBAU.small(), FTSAM.small())
-    for images in (20, 10):
-        for name, attack in both.items():
+    for images, few in ((10, both), (20, {"BadNets": badnets})):
+        for name, attack in few.items():
             for defence in (*tuned_weights, ANP.small(), RNP.small(), MNP.small(), NPD.small()):
                 label = {"attack": name, "defence": type(defence).__name__, "per_class": images}
                 add("budget", label, attack, defence, per_class=images)

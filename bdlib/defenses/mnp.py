@@ -181,8 +181,12 @@ class MNP:
 
     @classmethod
     def small(cls) -> "MNP":
-        """For the book's small network, settled on seeds 0 and 1: as `RNP.small`."""
-        return cls(ascent=Ascent(lr=0.002, batch=64, milestones=()), epochs=10, batch=64, max_drop=0.08)
+        """For the book's small network, settled on seeds 0 to 2: `RNP.small`'s ascent, and strong clean preserving.
+
+        kappa decides here: at 1 the result is RNP's, at 30 most of the accuracy that RNP loses stays.
+        """
+        ascent = Ascent(lr=0.002, batch=64, milestones=())
+        return cls(ascent=ascent, kappa=30.0, lr=0.1, epochs=20, batch=64)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Suppress and learn masks on `clean`, choose a threshold on its held-out part, prune the original network.
