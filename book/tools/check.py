@@ -3,7 +3,8 @@
     python book/tools/check.py                  # what `make test` runs
     python book/tools/check.py lint notebooks   # only these stages
 
-The stages share one empty temporary store, so a victim is trained once in the whole run. The book comes before
+The stages share one empty temporary store, so a victim is trained once in the whole run, or twice where two chapters
+ask for it at the same time. The book comes before
 the unit tests because building it fetches the widget manager that one of them opens in a browser.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs"]
+TWO = ["-n", "2", "--dist", "loadfile"]  # two processes of one thread each; a notebook runs in one of them
 BOOK_TESTS = ["tests/test_book.py", "tests/test_browser.py"]
 STAGES: dict[str, list[list[str]]] = {
     "lint": [
@@ -26,8 +28,8 @@ STAGES: dict[str, list[list[str]]] = {
         [sys.executable, "-m", "mypy", "--no-error-summary"],
     ],
     "book": [[*PYTEST, *BOOK_TESTS]],
-    "unit": [[*PYTEST, "tests", *(f"--ignore={path}" for path in BOOK_TESTS)]],
-    "notebooks": [[*PYTEST, "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "notebooks"]],
+    "unit": [[*PYTEST, *TWO, "tests", *(f"--ignore={path}" for path in BOOK_TESTS)]],
+    "notebooks": [[*PYTEST, *TWO, "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "notebooks"]],
 }
 
 

@@ -26,6 +26,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = ROOT / "book" / "results" / "notebook_seconds.json"
+# tqdm's notebook bar does not read TQDM_DISABLE, and one that is gone leaves an empty box on the page
+NO_BARS = (
+    "import functools, tqdm.notebook as t; "
+    "t.tqdm_notebook.__init__ = functools.partialmethod(t.tqdm_notebook.__init__, disable=True); del functools, t"
+)
 MODEL_ID = re.compile(r'(?<=")[0-9a-f]{32}(?=")|(?<=IPY_MODEL_)[0-9a-f]{32}')
 
 
@@ -93,7 +98,10 @@ def run(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, bool]:
         kernel_name="python3",
         store_widget_state=True,
         record_timing=False,
-        extra_arguments=["--log-level=40"],  # ipykernel warns about TCP at each start
+        extra_arguments=[
+            "--log-level=40",  # ipykernel warns about TCP at each start
+            f"--IPKernelApp.exec_lines={NO_BARS}",
+        ],
         resources={"metadata": {"path": str(path.parent)}},
     )
     before, start = stored(), time.perf_counter()
