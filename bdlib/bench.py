@@ -137,7 +137,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     tuned_weights = (FT.small(), FP.small(), NAD.small(), IBAU.small(), FTSAM.small())
     for images, few in ((10, both), (20, {"BadNets": badnets})):
         for name, attack in few.items():
-            for defence in (*tuned_weights, ANP.small(), RNP.small(), MNP.small(), NPD.small()):
+            for defence in (*tuned_weights, RNP.small(), MNP.small(), NPD.small()):  # ANP: anp-budget
                 label = {"attack": name, "defence": type(defence).__name__, "per_class": images}
                 add("budget", label, attack, defence, per_class=images)
     return out
