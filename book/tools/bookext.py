@@ -67,7 +67,7 @@ def reading_minutes(notebook: dict[str, Any]) -> int:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             words += len(source.split())
-        elif "remove-cell" not in cell["metadata"].get("tags", []):
+        elif not {"remove-cell", "hide-cell", "hide-input"} & set(cell["metadata"].get("tags", [])):
             lines += sum(bool(line.strip()) for line in source.splitlines())
     return 5 * math.ceil((words / 200 + lines / 10) / 5)
 
