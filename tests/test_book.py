@@ -153,4 +153,5 @@ def test_reading_time_counts_prose_and_shown_code() -> None:
     prose, code = cell("markdown", "word " * 2000), cell("code", "x = 1\n\n" * 40)
     hidden = cell("code", "x = 1\n" * 1000, tags=["remove-cell"])
     assert bookext.reading_minutes({"cells": [prose]}) == 10
-    assert bookext.reading_minutes({"cells": [prose, code, hidden]}) == 15  # 10 + 4, to the next five
+    folded = [cell("code", "x = 1\n" * 1000, tags=[tag]) for tag in ("hide-input", "hide-cell")]
+    assert bookext.reading_minutes({"cells": [prose, code, hidden, *folded]}) == 15  # 10 + 4, to the next five
