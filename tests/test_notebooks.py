@@ -51,6 +51,11 @@ def test_stamp_is_current(path: Path) -> None:
     )
 
 
+def test_no_progress_bar_is_left_on_the_page(notebook: NotebookNode) -> None:
+    models = {model["model_name"] for model in states(notebook).values()}
+    assert not models & {"FloatProgressModel", "IntProgressModel"}, "an empty box: see NO_BARS in book/tools/execute.py"
+
+
 def test_stamp_sees_code_library_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "ROOT", tmp_path)
     (tmp_path / "record.json").write_text("1")

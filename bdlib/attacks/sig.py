@@ -37,7 +37,7 @@ class SIG:
     """``x' = clip(x + (delta / 255) sin(2 pi j f / W))`` in column j, on images of the target class, labels unchanged.
 
     A clean-label attack: every poisoned image shows what its label says, and the network learns that the wave means
-    the target class. Introduced in chapter "Baselines"; source: BackdoorBench @ f02e353.
+    the target class. Introduced in chapter "RNP"; source: BackdoorBench @ f02e353.
 
     Args:
         target: the class whose images are poisoned, and that the wave later brings about.

@@ -116,8 +116,9 @@ class IBAU:
     def small(cls) -> "IBAU":
         """For the book's small network and 500 clean images, settled on seeds 0 and 1.
 
-        A network that is sure of its answers has next to no gradient at delta = 0, so SGD needs a rate of 1,000 to find
-        a perturbation that changes anything; at 10 it finds none, and what remains is fine-tuning.
+        A network that is sure of its answers has next to no gradient at delta = 0, so SGD needs a high rate to find a
+        perturbation that changes anything; at 10 it finds none, and what remains is fine-tuning. (Chapter "Baselines"
+        found rates of 100 as good as this 1,000 on seed 0; the preset stayed as it was settled.)
         """
         return cls(lr=1e-3, batch=100, inner_lr=1000.0)
 

@@ -234,7 +234,8 @@ class RNP:
     def small(cls) -> "RNP":
         """For the book's small network, settled on seeds 0 and 1: a gentle ascent, half the steps of recovery.
 
-        The network has few neurons to spare, and RNP takes clean ones along: eight points may be lost.
+        The network has few neurons to spare, and RNP takes clean ones along: eight points may be lost, and most of them
+        are the target class itself, see chapter "RNP".
         """
         return cls(ascent=Ascent(lr=0.002, batch=64, milestones=()), epochs=10, batch=64, max_drop=0.08)
 
