@@ -134,6 +134,10 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     for experiment, changed in variants.items():
         for variant, defence in changed.items():
             add(experiment, {"variant": variant}, badnets, defence)
+    for defence in (ANP.small(), RNP.small(), MNP.small(), NPD.small(), NAD.small(), FT.small(),
+                    replace(FT.small(), lr=0.1), FP.small(), IBAU.small(), FTSAM.small()):  # fmt: skip
+        label = {"defence": type(defence).__name__} | ({"lr": defence.lr} if isinstance(defence, FT) else {})
+        add("clean-network", label, None, defence)
     tuned_weights = (FT.small(), FP.small(), NAD.small(), IBAU.small(), FTSAM.small())
     for images in (20, 10):
         for defence in (*tuned_weights, RNP.small(), MNP.small(), NPD.small()):  # ANP: anp-budget

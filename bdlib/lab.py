@@ -13,7 +13,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,29 @@ NETWORKS = {
 
 
 class Attack(Protocol):
-    """What the lab needs of an attack: see `bdlib.attacks`."""
+    """What the lab needs of an attack that poisons data: see `bdlib.attacks`.
+
+    One that learns its trigger from a clean network says so by a class attribute ``needs_model = True``.
+    """
 
     def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Trigger:
         """The trigger, before anything is learnt."""
 
     def poison(self, images: ImageSet, seed: int = 0, model: nn.Module | None = None) -> Poisoned:
         """The poisoned training set."""
+
+
+@runtime_checkable
+class Controlling(Protocol):
+    """What the lab needs of an attack that owns the training loop: it calls `bdlib.training.fit` with its own steps."""
+
+    def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Trigger:
+        """The trigger, before anything is learnt."""
+
+    def train(
+        self, model: nn.Module, images: ImageSet, recipe: Recipe, seed: int = 0
+    ) -> tuple[Trigger, list[dict[str, float]]]:
+        """Train `model` in place on clean `images`; returns the fitted trigger and the log."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +192,7 @@ class Lab:
         count = self.scale.clean if count is None else count
         return clean_set(self.pool, count=count, held_out=HELD_OUT, seed=seed)
 
-    def victim(self, attack: Attack | None = None, *, seed: int = 0) -> Victim:
+    def victim(self, attack: Attack | Controlling | None = None, *, seed: int = 0) -> Victim:
         """A network trained on the poisoned set (or the clean one), from the store if it is there.
 
         Args:
@@ -202,11 +218,16 @@ class Lab:
                 trigger.to(self.device)
             net.to(memory_format=torch.channels_last).to(self.device).eval()
             return Victim(net, trigger, tensors["indices"].to(self.device), facts.pop("log"), facts)
-        poisoned = None if attack is None else attack.poison(self.train, seed=seed)
-        start = time.process_time()
-        log = fit(net, self.train if poisoned is None else poisoned.data, self.scale.recipe, seed=seed, note="victim")
-        indices = self.train.labels[:0] if poisoned is None else poisoned.indices
-        trigger = None if poisoned is None else poisoned.trigger
+        needed = self.victim(None, seed=seed).model if getattr(attack, "needs_model", False) else None
+        start, indices = time.process_time(), self.train.labels[:0]
+        if attack is None:
+            trigger, log = None, fit(net, self.train, self.scale.recipe, seed=seed, note="victim")
+        elif isinstance(attack, Controlling):
+            trigger, log = attack.train(net, self.train, self.scale.recipe, seed=seed)
+        else:
+            poisoned = attack.poison(self.train, seed=seed, model=needed)
+            trigger, indices = poisoned.trigger, poisoned.indices
+            log = fit(net, poisoned.data, self.scale.recipe, seed=seed, note="victim")
         facts = {
             **config, "notes": list(self.train.notes), "recipe_fields": asdict(self.scale.recipe),
             "seconds": sum(r["seconds"] for r in log), "cpu_seconds": time.process_time() - start,

@@ -18,18 +18,20 @@ from tqdm.auto import tqdm
 
 from bdlib.data.imageset import Augment, ImageSet
 from bdlib.provenance import amp_dtype
+from bdlib.watch import Watch
 
 Schedule = Literal["one-cycle", "cosine", "milestones", "constant"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum under a learning-rate schedule.
+    """How to train: an optimiser under a learning-rate schedule.
 
     Args:
         epochs: passes over the set; 0 trains nothing.
         batch: images a step.
         lr: peak learning rate.
+        optimizer: "sgd" with `momentum`, Nesterov's by default, or "adam" with `momentum` as its beta1.
         schedule: "one-cycle" (linear up to `lr` over the first `warmup` of the steps, linear down to 0), "cosine"
             (down to 0 over the run), "milestones" (times `gamma` at the listed epochs) or "constant".
         warmup: share of the steps spent rising, one-cycle only.
@@ -50,6 +52,7 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: bool = True
     amp: bool = True
+    optimizer: Literal["sgd", "adam"] = "sgd"
 
     def __post_init__(self) -> None:
         checks = {
@@ -61,11 +64,19 @@ class Recipe:
             "schedule": (self.schedule in ("one-cycle", "cosine", "milestones", "constant"),
                          "one-cycle, cosine, milestones or constant"),
             "warmup": (0 < self.warmup < 1, "in (0, 1)"),
+            "optimizer": (self.optimizer in ("sgd", "adam"), "sgd or adam"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
         }  # fmt: skip
         for name, (ok, allowed) in checks.items():
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def optimiser(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimiser; the loop sets its learning rate at every step."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(params, lr=self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+        nesterov = self.nesterov and self.momentum > 0
+        return torch.optim.SGD(params, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=nesterov)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0 over the whole run."""
@@ -182,7 +193,8 @@ def fit(
         One record an epoch: epoch, loss, accuracy on the training batches as trained, lr, seconds.
 
     Raises:
-        ValueError: an empty set; a loss that is no longer finite.
+        ValueError: an empty set.
+        Diverged: a loss or a weight that is no longer finite; `model` is set back to the last epoch that was good.
     """
     if len(data) == 0:
         raise ValueError("cannot train on an empty image set")
@@ -190,14 +202,12 @@ def fit(
     generator = Generator(device).manual_seed(seed)
     model.to(memory_format=torch.channels_last).to(device)
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.SGD(
-        params, lr=0.1, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov and recipe.momentum > 0,
-    )  # fmt: skip
+    opt = recipe.optimiser(params)
     model.train()
     log: list[dict[str, float]] = []
     bar = tqdm(range(recipe.epochs), desc=note, leave=False)
     done, steps = 0, _steps(len(data), recipe.batch)
+    watch = Watch(note, model.state_dict(), f"lower lr, which is {recipe.lr}", every=steps)
     for epoch in bar:
         start, loss_sum, right, seen = (
             time.perf_counter(),
@@ -222,6 +232,7 @@ def fit(
             opt.zero_grad(set_to_none=True)
             loss.backward()
             opt.step()
+            watch(loss)
             loss_sum += loss.detach() * len(y)  # stays on the device: no sync inside an epoch
             right += (logits.detach().argmax(1) == y).sum()
             seen, done = seen + len(y), done + 1
@@ -229,8 +240,6 @@ def fit(
             "epoch": epoch + 1, "loss": float(loss_sum / seen), "accuracy": float(right / seen),
             "lr": recipe.lr_at(done - 1, steps), "seconds": time.perf_counter() - start,
         }  # fmt: skip
-        if not math.isfinite(record["loss"]):
-            raise ValueError(f"the loss is {record['loss']} in epoch {epoch + 1}: lower lr, which is {recipe.lr}")
         log.append(record)
         if after_epoch is not None:
             after_epoch(epoch + 1)

@@ -19,6 +19,7 @@ from bdlib.defenses.rnp import Ascent
 from bdlib.metrics import accuracy, evaluate
 from bdlib.models import normalized
 from bdlib.training import Recipe, fit, predict
+from bdlib.watch import Diverged
 
 QUICK_FT = FT(lr=0.02, epochs=2, batch=32)
 EPOCHS = Recipe(8, 32, 0.2, 0.9, 5e-4)
@@ -159,6 +160,34 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return self.conv(x).mean((2, 3))
+
+
+@each_alone
+def test_a_broken_network_is_refused_before_any_work(defence):
+    net = toys.trained()
+    net[1].bn2.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"1.bn2.weight of the network holds NaN or infinity before step 1"):
+        defence(net, toys.clean())
+
+
+@each_alone
+def test_a_loss_that_is_no_number_stops_it_and_gives_the_last_good_state_back(defence):
+    net = toys.trained()
+    list(net.modules())[-1].weight.data.mul_(1e38)  # finite itself, but no logit is
+    before = toys.state(net)
+    with pytest.raises(Diverged, match=r"diverged at step 1: the loss is (nan|inf); lower lr, which is") as caught:
+        defence(net, toys.clean())
+    assert toys.unchanged(before, net) and caught.value.good == 0
+    assert caught.value.state and all(bool(t.isfinite().all()) for t in caught.value.state.values())
+
+
+@each_alone
+def test_a_class_with_a_single_clean_image_is_refused(defence):
+    images = toys.squares(80)
+    lonely = (images.labels == 2).nonzero()[1:, 0]
+    kept = torch.tensor([i for i in range(80) if i not in set(lonely.tolist())])
+    with pytest.raises(ValueError, match=r"needs 2 clean images or more of every class, got 1 of"):
+        defence(toys.trained(), CleanSet(images[kept]))
 
 
 def test_a_network_without_what_a_defence_prunes_is_refused():

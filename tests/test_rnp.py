@@ -91,7 +91,7 @@ def test_batch_statistics_are_a_choice_and_move_the_running_ones(statistics):
 
 
 def test_an_ascent_that_diverges_says_so():
-    with pytest.raises(ValueError, match=r"unlearning diverged in epoch .*: lower lr, which is 1e\+20"):
+    with pytest.raises(ValueError, match=r"unlearning diverged at step .*; lower lr, which is 1e\+20"):
         Ascent(lr=1e20, epochs=5, batch=32, stop=0)(toys.trained(), toys.squares(64))
 
 

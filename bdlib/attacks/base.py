@@ -43,6 +43,17 @@ def check_rate(rate: float) -> None:
         raise ValueError(f"rate must be in [0, 1] (share of all images), got {rate}")
 
 
+def check_class_rate(class_rate: float, whole_class: bool) -> None:
+    """Raises ValueError unless `class_rate` is in [0, 1], and below 1 or meant to be 1."""
+    if not 0 <= class_rate <= 1:
+        raise ValueError(f"class_rate must be in [0, 1] (share of the target class), got {class_rate}")
+    if class_rate == 1 and not whole_class:
+        raise ValueError(
+            "class_rate 1 leaves no clean image of the target class to learn from; "
+            "choose less, or say whole_class=True to go on"
+        )
+
+
 def label_map(mode: Literal["all-to-one", "all-to-all"], target: int, classes: int) -> LabelMap:
     """The label map of an attack with these fields on a set with this many classes."""
     return LabelMap(target if mode == "all-to-one" else None, classes)
@@ -72,6 +83,23 @@ def choose(images: ImageSet, rate: float, mapping: LabelMap, *, include_target: 
         raise ValueError(f"rate {rate} asks for {n} images, but only {len(allowed)} may be poisoned")
     order = torch.randperm(len(allowed), generator=Generator().manual_seed(seed))[:n]
     return allowed[order].sort().values.to(images.images.device)
+
+
+def choose_class(images: ImageSet, class_rate: float, target: int, *, seed: int) -> Tensor:
+    """Draw what a clean-label attack poisons: ``round(class_rate * n)`` of the n images of the target class.
+
+    Returns:
+        ``(K,)`` int64 indices, sorted, on the images' device.
+
+    Raises:
+        ValueError: a positive rate that selects no image.
+    """
+    own = (images.labels.cpu() == target).nonzero()[:, 0]
+    count = round(class_rate * len(own))
+    if class_rate > 0 and count == 0:
+        raise ValueError(f"class_rate {class_rate} selects none of the {len(own)} images of the target class")
+    order = torch.randperm(len(own), generator=Generator().manual_seed(seed))[:count]
+    return own[order].sort().values.to(images.images.device)
 
 
 def poison_with(trigger: Trigger, images: ImageSet, indices: Tensor) -> Poisoned:

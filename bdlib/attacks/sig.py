@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bdlib.attacks.base import Poisoned, poison_with
+from bdlib.attacks.base import Poisoned, check_class_rate, choose_class, poison_with
 from bdlib.data.imageset import ImageSet
 from bdlib.triggers import LabelMap, Stamp, Trigger
 
@@ -62,13 +62,7 @@ class SIG:
     whole_class: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.class_rate <= 1:
-            raise ValueError(f"class_rate must be in [0, 1] (share of the target class), got {self.class_rate}")
-        if self.class_rate == 1 and not self.whole_class:
-            raise ValueError(
-                "class_rate 1 leaves no clean image of the target class to learn from; "
-                "choose less, or say whole_class=True to go on"
-            )
+        check_class_rate(self.class_rate, self.whole_class)
         for name in ("delta", "test_delta"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 255:
@@ -119,12 +113,7 @@ class SIG:
             ValueError: a positive rate that selects no image.
         """
         trigger = self.trigger(images.shape, len(images.classes), seed)
-        own = (images.labels.cpu() == self.target).nonzero()[:, 0]
-        count = round(self.class_rate * len(own))
-        if self.class_rate > 0 and count == 0:
-            raise ValueError(f"class_rate {self.class_rate} selects none of the {len(own)} images of the target class")
-        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:count]
         weaker = replace(self, test_delta=None).trigger(images.shape, len(images.classes), seed)
-        indices = own[order].sort().values.to(images.images.device)
+        indices = choose_class(images, self.class_rate, self.target, seed=seed)
         poisoned = poison_with(weaker, images, indices)
         return replace(poisoned, trigger=trigger.to(images.images.device))

@@ -17,6 +17,7 @@ from bdlib.data.imageset import CleanSet, ImageSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
 from bdlib.neurons import Log, Masks, Soft, learn_and_choose, ones, prune
 from bdlib.training import augment
+from bdlib.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class ANP:
             ``[(iteration, masks)]``.
 
         Raises:
-            ValueError: no BatchNorm; model and images on different devices.
+            ValueError: no BatchNorm; inputs that `check_inputs` refuses; `Diverged`, with the last good masks.
         """
         check_inputs(model, clean)
         start = time.perf_counter()
@@ -140,6 +141,7 @@ class ANP:
         soft = Soft(model, batch_statistics=self.batch_statistics)
         masks = {n: m.requires_grad_() for n, m in ones(model).items()}
         opt = torch.optim.SGD(masks.values(), lr=self.lr, momentum=0.9)
+        watch = Watch("ANP masks", masks, f"lower lr, which is {self.lr}")
         losses = torch.zeros(self.iterations, 3, device=device)  # one transfer at the end instead of one an iteration
         for i in tqdm(range(self.iterations), desc="ANP masks", leave=False):
             index = torch.randint(len(images), (self.batch,), generator=generator, device=device)
@@ -151,14 +153,17 @@ class ANP:
                 robust = F.cross_entropy(soft(x, *_perturbed(masks, delta, xi)), y)
             natural = F.cross_entropy(soft(x, masks), y)
             opt.zero_grad()
-            (self.alpha * natural + (1 - self.alpha) * robust).backward()
+            loss = self.alpha * natural + (1 - self.alpha) * robust
+            loss.backward()
             opt.step()
             with torch.no_grad():
                 for m in masks.values():
                     m.clamp_(0, 1)
                 losses[i] = torch.stack([natural, robust, torch.cat(list(masks.values())).mean()])
+            watch(loss)
             if keep is not None:
                 keep(i + 1, masks)
+        watch.look()
         names = ("natural", "robust", "mean_mask")
         log = [{"iteration": i + 1, **dict(zip(names, r, strict=True))} for i, r in enumerate(losses.tolist())]
         final = {n: m.detach() for n, m in masks.items()}

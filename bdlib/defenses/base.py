@@ -32,11 +32,24 @@ class Repair:
 
 
 def check_inputs(model: nn.Module, clean: CleanSet) -> None:
-    """Raises ValueError when model and clean set do not belong together: device, image shape, number of classes."""
+    """Refuse what no defence can work with.
+
+    Raises:
+        ValueError: a network that already holds NaN or infinity; fewer than two clean images of a class; a network and
+            images that do not belong together (device, image shape, number of classes).
+    """
     images, classes = clean.images, clean.images.classes
     device = next((t.device for t in (*model.parameters(), *model.buffers())), images.images.device)
     if device != images.images.device:
         raise ValueError(f"model on {device}, clean images on {images.images.device}: move one with .to()")
+    if broken := [n for n, t in model.state_dict().items() if not bool(t.isfinite().all())]:
+        raise ValueError(f"{broken[0]} of the network holds NaN or infinity before step 1: load or train it again")
+    counts = torch.bincount(images.labels, minlength=len(classes))
+    if int(counts.min()) < 2:
+        k = int(counts.argmin())
+        raise ValueError(
+            f"a defence needs 2 clean images or more of every class, got {int(counts[k])} of {classes[k]!r}"
+        )
     if (outputs := predict(model, images.images[:1]).shape[1]) < len(classes):
         raise ValueError(f"the network tells {outputs} classes apart, the clean set {images.name} has {len(classes)}")
 

@@ -19,6 +19,7 @@ from bdlib.checks import require
 from bdlib.data.imageset import CleanSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
 from bdlib.training import augment
+from bdlib.watch import Watch
 
 
 def hypergradient(
@@ -143,6 +144,7 @@ class IBAU:
         ]
         params = [p.requires_grad_() for p in repaired.parameters()]
         opt = torch.optim.Adam(params, lr=self.lr, amsgrad=True)
+        watch = Watch("i-BAU", repaired.state_dict(), f"lower lr, which is {self.lr}")
         unit = _unit(repaired, parts[0][0])
         rows, snapshots, delta = [], [], torch.zeros_like(parts[0][0][:1])
 
@@ -169,6 +171,8 @@ class IBAU:
                 for p, g in zip(params, grads, strict=True):
                     p.grad = g
                 opt.step()
+            watch(outer_sum)
+            watch.look()
             rows.append(torch.stack([fooled, outer_sum, (unit * delta).norm()]))
             if keep_every and (r + 1) % keep_every == 0:
                 snapshots.append((r + 1, copy.deepcopy(repaired)))

@@ -201,7 +201,7 @@ class MNP:
             ``{layer: (C,)}`` as used, masks, threshold, pruned, choice, snapshots ``[(epoch, masks)]``.
 
         Raises:
-            ValueError: no BatchNorm; model and images on different devices; an ascent that diverges.
+            ValueError: no BatchNorm; inputs that `check_inputs` refuses; `Diverged`, with the last good state.
         """
         check_inputs(model, clean)
         start = time.perf_counter()

@@ -20,6 +20,7 @@ from bdlib.data.imageset import CleanSet, ImageSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
 from bdlib.metrics import accuracy
 from bdlib.training import evaluating
+from bdlib.watch import Watch
 
 
 class Polarizer(nn.Module):
@@ -236,7 +237,8 @@ class NPD:
             polarizer, layer, warm_accuracy (on the clean images after the warm-up), snapshots ``[(epoch, network)]``.
 
         Raises:
-            ValueError: no place for the polarizer; model and images on different devices.
+            ValueError: no place for the polarizer; inputs that `check_inputs` refuses; `Diverged`, with the polarizer's
+                last good state.
         """
         check_inputs(model, clean)
         start, images = time.perf_counter(), clean.images
@@ -246,13 +248,16 @@ class NPD:
         generator = seeded(example.device, seed)
         if self.keep_identity:
             standardise(repaired, polarizer, images)
+        watch = Watch("NPD", polarizer.state_dict(), f"lower lr, which is {self.lr}")
         warm = torch.optim.SGD(polarizer.parameters(), lr=1e-4)
         polarizer.train(not self.keep_identity)
         for _ in range(self.warm_up):
             for x, y in _batches(images, self.batch, generator):
                 warm.zero_grad()
-                F.cross_entropy(repaired(x), y).backward()
+                loss = F.cross_entropy(repaired(x), y)
+                loss.backward()
                 warm.step()
+                watch(loss)
         polarizer.eval()
         details: dict[str, Any] = {"layer": layer, "warm_accuracy": accuracy(repaired, images), "snapshots": []}
         opt = torch.optim.SGD(
@@ -266,9 +271,12 @@ class NPD:
                 changed, logits, targets = surrogate(repaired, x, y, self)
                 terms = losses(logits, repaired(changed), y, targets)
                 opt.zero_grad()
-                (weights * terms).sum().backward()
+                loss = (weights * terms).sum()
+                loss.backward()
                 opt.step()
+                watch(loss)
                 sums[epoch] += terms.detach() / len(parts)
+            watch.look()
             if keep_every and (epoch + 1) % keep_every == 0:
                 details["snapshots"].append((epoch + 1, copy.deepcopy(repaired)))
         names = ("clean", "kept", "boosted", "escaped")

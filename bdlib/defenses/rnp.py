@@ -5,7 +5,6 @@ repair.details["unlearned"], repair.details["masks"], repair.details["threshold"
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from bdlib.data.imageset import CleanSet, ImageSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
 from bdlib.neurons import Log, Masks, Soft, learn_and_choose, ones, prune
 from bdlib.training import augment
+from bdlib.watch import Watch
 
 
 def batches(data: ImageSet, size: int, generator: Generator) -> list[tuple[Tensor, Tensor]]:
@@ -84,11 +84,12 @@ class Ascent:
             accuracy, lr), and whether `stop` was reached; if not, the caller has to know.
 
         Raises:
-            ValueError: a loss that is no longer finite.
+            Diverged: a loss or a weight that is no longer finite.
         """
         work, generator = copy.deepcopy(model), seeded(images.images.device, seed)
         params = [p.requires_grad_() for p in work.parameters()]
         opt = torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        watch = Watch("unlearning", work.state_dict(), f"lower lr, which is {self.lr}")
         log: Log = []
         for epoch in tqdm(range(self.epochs), desc="unlearn", leave=False):
             work.train(self.batch_statistics)  # `keep` may have changed the mode
@@ -102,11 +103,11 @@ class Ascent:
                 if self.clip is not None:
                     nn.utils.clip_grad_norm_(params, self.clip)
                 opt.step()
+                watch(loss)
                 total += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum(), y.new_tensor(len(y))])
+            watch.look()
             loss_sum, right, seen = total.tolist()  # the only transfer of an epoch: the stop rule needs it
             log.append({"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "lr": rate})
-            if not math.isfinite(loss_sum):
-                raise ValueError(f"unlearning diverged in epoch {epoch + 1}: lower lr, which is {self.lr}")
             if keep is not None:
                 keep(epoch + 1, work)
             if log[-1]["accuracy"] <= self.stop:
@@ -141,11 +142,15 @@ def fit_masks(
     Returns:
         Masks ``{layer: (C,)}`` in [0, 1], and one record an epoch: epoch, loss and accuracy (of the first term, on
         augmented batches), mean_mask.
+
+    Raises:
+        Diverged: a loss or a mask that is no longer finite.
     """
     device, generator = data.images.device, seeded(data.images.device, seed)
     first = ones(terms[0][0].model) if start is None else start
     masks = {n: m.clone().requires_grad_() for n, m in first.items()}
     opt = torch.optim.SGD(masks.values(), lr=lr, momentum=0.9)
+    watch = Watch("masks", masks, f"lower lr, which is {lr}")
     totals, step = torch.zeros(epochs, 4, device=device), 0  # loss, right, seen, mean mask
     for epoch in tqdm(range(epochs), desc="masks", leave=False):
         for x, y in batches(data, batch, generator):
@@ -161,10 +166,12 @@ def fit_masks(
             with torch.no_grad():
                 for m in masks.values():
                     m.clamp_(0, 1)
+                watch(loss)
                 if 0 in losses:
                     value, logits = losses[0]
                     right = (logits.argmax(1) == y).sum()
                     totals[epoch, :3] += torch.stack([value * len(y), right, y.new_tensor(len(y))])
+        watch.look()
         with torch.no_grad():
             totals[epoch, 3] = torch.cat(list(masks.values())).mean()
         if keep is not None:
@@ -255,7 +262,7 @@ class RNP:
             threshold, pruned, choice, snapshots ``[(epoch, masks)]``.
 
         Raises:
-            ValueError: no BatchNorm; model and images on different devices; an ascent that diverges.
+            ValueError: no BatchNorm; inputs that `check_inputs` refuses; `Diverged`, with the last good state.
         """
         check_inputs(model, clean)
         start = time.perf_counter()
