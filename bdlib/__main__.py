@@ -11,41 +11,56 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bdlib import __version__, files
 
-ATTACKS = ("badnets", "blend")
-DEFENSES = ("anp", "ft", "fp")
+ATTACKS = {"badnets": "BadNets", "blend": "Blend", "sig": "SIG"}  # of bdlib.attacks
+DEFENSES = {
+    "anp": "ANP", "rnp": "RNP", "mnp": "MNP", "npd": "NPD", "nad": "NAD", "ft": "FT", "ft-sam": "FTSAM", "fp": "FP",
+    "i-bau": "IBAU",
+}  # fmt: skip
 
 
-def _attack(args: argparse.Namespace, target: int) -> Any:
-    from bdlib.attacks import BadNets, Blend
+def _attack(args: argparse.Namespace, lab: Any) -> Any:
+    from bdlib import attacks
 
     if args.attack == "none":
         return None
-    attack = {"badnets": BadNets, "blend": Blend}[args.attack](target if args.target is None else args.target)
-    chosen = {"rate": args.rate, "mode": args.mode}
-    return replace(attack, **{k: v for k, v in chosen.items() if v is not None})
+    kind = getattr(attacks, ATTACKS[args.attack])
+    tuned = "small" if lab.scale.dataset == "signs" and hasattr(kind, "small") else None
+    name = args.attack_preset or tuned
+    if name is not None and not hasattr(kind, name):
+        raise ValueError(f"--attack-preset {name}: {args.attack} has paper and official")
+    preset = kind if name is None else getattr(kind, name)
+    attack = preset(lab.target if args.target is None else args.target)
+    given = {"rate": args.rate, "class_rate": args.class_rate, "mode": args.mode}
+    return _changed(attack, {k: v for k, v in given.items() if v is not None}, args.attack)
 
 
 def _defense(args: argparse.Namespace) -> Any:
-    from bdlib.defenses import ANP, FP, FT
+    from bdlib import defenses
 
-    defense = getattr({"anp": ANP, "ft": FT, "fp": FP}[args.defense], args.preset)()
+    defense = getattr(getattr(defenses, DEFENSES[args.defense]), args.preset)()
     given = {}
     for item in args.set or []:
         name, _, text = item.partition("=")
-        allowed = {f.name: getattr(defense, f.name) for f in fields(defense)}
-        if name not in allowed:
-            raise ValueError(f"--set {item}: {args.defense} has no field {name!r}; it has {', '.join(allowed)}")
         try:
             given[name] = json.loads(text)
         except json.JSONDecodeError:
             raise ValueError(f"--set {item}: {text!r} is neither a number nor true, false or null") from None
-    return replace(defense, **given)
+    return _changed(defense, given, args.defense)
+
+
+def _changed(settings: Any, given: dict[str, Any], name: str) -> Any:
+    """`settings` with other values in the fields that the command line can express."""
+    allowed = [f.name for f in fields(settings) if not is_dataclass(getattr(settings, f.name))]
+    for field in given:
+        if field not in allowed:
+            raise ValueError(f"{name} has no field {field!r} to set; it has {', '.join(allowed)}")
+    return replace(settings, **given)
 
 
 def _lab(args: argparse.Namespace) -> Any:
@@ -86,7 +101,7 @@ def _rows(scores: dict[str, Any]) -> dict[str, str]:
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a victim, or find it in the store, and score it."""
     lab = _lab(args)
-    victim = lab.victim(_attack(args, lab.target), seed=args.seed)
+    victim = lab.victim(_attack(args, lab), seed=args.seed)
     scores = _scored(victim.model, lab, victim.trigger)
     record = {**victim.facts, **scores}
     rows = {"attack": record["attack"], "poisoned images": len(victim.indices), **_rows(scores),
@@ -97,7 +112,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a victim, beside a cleanly trained network on the same triggered images."""
     lab = _lab(args)
-    attack = _attack(args, lab.target)
+    attack = _attack(args, lab)
     if attack is None:
         raise ValueError("--attack none has no trigger to evaluate; name an attack")
     victim, clean = lab.victim(attack, seed=args.seed), lab.victim(None, seed=args.seed)
@@ -112,7 +127,7 @@ def defend(args: argparse.Namespace) -> dict[str, Any]:
     from bdlib.provenance import fingerprint, run_info
 
     lab = _lab(args)
-    attack, defense = _attack(args, lab.target), _defense(args)
+    attack, defense = _attack(args, lab), _defense(args)
     victim = lab.victim(attack, seed=args.seed)
     clean = lab.clean(count=args.clean, per_class=args.per_class, seed=args.seed)
     repair = defense(victim.model, clean, seed=args.seed)
@@ -197,7 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     for function in (train, evaluate, defend):
         sub = command(function)
         sub.add_argument("--attack", choices=(*ATTACKS, "none"), default="badnets")
+        sub.add_argument("--attack-preset", choices=("paper", "official", "small"), help="settings of the attack "
+                         "(default: small on signs where the attack has it, else its defaults)")  # fmt: skip
         sub.add_argument("--rate", type=float, help="poison rate, share of all training images (default 0.1)")
+        sub.add_argument("--class-rate", type=float, help="of clean-label attacks: share of the target class")
         sub.add_argument("--target", type=int, help="target label (default: the book's choice for the data set)")
         sub.add_argument("--mode", choices=("all-to-one", "all-to-all"), help="label map (default all-to-one)")
         sub.add_argument("--seed", type=int, default=0)

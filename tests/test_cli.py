@@ -48,8 +48,8 @@ def test_defend_scores_before_and_after(capsys, tmp_path):
         "iterations=2",
         "--set",
         "threshold=0.5",
-        "--clean",
-        "40",
+        "--per-class",
+        "4",
         "--record",
         str(record_file),
         "--json",
@@ -112,3 +112,46 @@ def test_help_of_every_command(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_every_attack_and_defence_of_the_library_has_a_name():
+    from bdlib import attacks, defenses
+    from bdlib.triggers import LabelMap, Trigger
+
+    kinds = {
+        n for n in attacks.__all__ if isinstance(getattr(attacks, n), type) and hasattr(getattr(attacks, n), "paper")
+    }
+    assert set(cli.ATTACKS.values()) == kinds and not kinds & {LabelMap.__name__, Trigger.__name__}
+    assert set(cli.DEFENSES.values()) == set(defenses.__all__) - {"Repair"}
+
+
+def test_every_defence_runs_from_the_command_line(capsys):
+    short = {
+        "rnp": "epochs=1",
+        "mnp": "epochs=1",
+        "npd": "epochs=1",
+        "nad": "p=3",
+        "ft-sam": "epochs=1",
+        "i-bau": "rounds=1",
+    }
+    for name, setting in short.items():  # one test: the victim is trained once
+        status, out, err = run(
+            capsys, "defend", *RUN, "--defense", name, "--set", setting, "--per-class", "6", "--json"
+        )
+        assert status == 0, err
+        said = json.loads(out)["defense"]
+        assert said.startswith(cli.DEFENSES[name]) and setting in said
+
+
+def test_a_clean_label_attack_counts_in_its_own_class(capsys):
+    status, out, _ = run(capsys, "train", *RUN, "--attack", "sig", "--class-rate", "0.4", "--json")
+    record = json.loads(out)
+    assert status == 0 and "class_rate=0.4" in record["attack"]
+    status, _, err = run(capsys, "train", *RUN, "--attack", "sig", "--rate", "0.1")
+    assert status == 2 and "sig has no field 'rate' to set; it has target, class_rate" in err
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_attack_presets(capsys, preset):
+    status, out, _ = run(capsys, "train", *RUN, "--attack", "sig", "--attack-preset", preset, "--json")
+    assert status == 0 and f"wrapped={preset == 'official'}" in json.loads(out)["attack"]
