@@ -17,7 +17,12 @@ from typing import Any
 
 from bdlib import __version__, files
 
-ATTACKS = {"badnets": "BadNets", "blend": "Blend", "sig": "SIG"}  # of bdlib.attacks
+ATTACKS = {  # of bdlib.attacks
+    "badnets": "BadNets", "blend": "Blend", "trojan": "TrojanNN", "trojan-patch": "TrojanPatch", "cl": "CL",
+    "sig": "SIG", "refool": "Refool", "input-aware": "InputAware", "dynamic": "InputAwareStatic", "wanet": "WaNet",
+    "lf": "LF", "ssba": "SSBA", "fc": "FC", "dfst": "DFST", "lira": "LIRA", "a-blend": "AdaptiveBlend",
+    "a-patch": "AdaptivePatch", "bpp": "BPP",
+}  # fmt: skip
 DEFENSES = {
     "anp": "ANP", "rnp": "RNP", "mnp": "MNP", "npd": "NPD", "nad": "NAD", "ft": "FT", "ft-sam": "FTSAM", "fp": "FP",
     "i-bau": "IBAU",
