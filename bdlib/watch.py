@@ -1,9 +1,8 @@
 """A loop whose loss or weights stop being numbers is stopped, and what it was learning is set back.
 
 watch = Watch("ANP masks", masks)          # {name: tensor}, changed in place by the loop
-for ...:
-    watch(loss)                            # after each step; raises Diverged
-watch.look()
+watch(loss)                                # after each step; raises Diverged
+watch.look()                               # once more when the loop is over
 """
 
 from collections.abc import Mapping

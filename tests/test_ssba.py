@@ -150,11 +150,12 @@ def test_the_loss_is_the_sum_of_its_parts():
     same, bits = step.change(x, torch.zeros(8).long(), torch.Generator().manual_seed(0))
     assert same is x and bits.shape == (8, 2) and set(bits.unique().tolist()) == {0, 1}
     loss, logits = step.loss(trigger, x, bits, 0.0)
-    hidden = trigger.hide(x, bits)
+    hidden, raw = trigger.hide(x, bits), trigger.encoder(x, bits.float())
     binary = torch.nn.functional.binary_cross_entropy_with_logits(trigger.read(hidden), bits.float())
-    assert float(loss.detach()) == pytest.approx(
-        1.5 * float(binary) + 3 * float((hidden - x).square().mean()), rel=1e-5
-    )
+    far = (raw.abs() - 2).clamp_min(0).square().mean()  # what tanh would flatten
+    assert float(far) > 0
+    expected = 1.5 * float(binary) + 3 * float((hidden - x).square().mean()) + 0.1 * float(far)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(logits.argmax(1) == 1, trigger.read(hidden) > 0)
 
 

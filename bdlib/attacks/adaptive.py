@@ -58,8 +58,7 @@ class AdaptiveBlend:
     """``x' = (1 - alpha m) x + alpha m k``: a faint picture k of which m keeps half the tiles, other ones each time.
 
     When used, the trigger is the whole picture, and stronger.
-    Source:
-    Circumventing-Backdoor-Defenses @ e7c0703. The picture is the panda of `bdlib.attacks.pictures`.
+    Source: Circumventing-Backdoor-Defenses @ e7c0703. The picture is the panda of `bdlib.attacks.pictures`.
 
     Args:
         target: label the attacker wants.

@@ -242,7 +242,7 @@ class InputAware:
             torch.default_generator.manual_seed(seed)
             return Painted(shape, self.widths, label_map(self.mode, self.target, classes))
 
-    def adam(self, recipe: Recipe, epochs: int, milestones: tuple[float, ...]) -> _Adam:
+    def adam(self, recipe: Recipe, epochs: int, milestones: tuple[float, ...]) -> Recipe:
         """How a network of the trigger is trained: a tenth of the rate after each of these shares of the epochs."""
         return _Adam(
             epochs, recipe.batch, self.lr, momentum=0.5, schedule="milestones", augment=recipe.augment, amp=False,

@@ -162,8 +162,11 @@ class CL:
 
     @classmethod
     def small(cls, target: int = 0) -> "CL":
-        """For the book's small scale: a cheaper robust network, twice the perturbation, corners that no crop cuts."""
-        return cls(target, epsilon=16, step=2, iterations=20, offset=1, robust_epochs=8, robust_steps=2)
+        """For the book's small scale, settled on seed 0: four times the perturbation, corners that no crop cuts.
+
+        (At 16/255 half the class plants the stamp in a third of the images only.) The robust network is cheaper.
+        """
+        return cls(target, epsilon=32, step=4, iterations=20, offset=1, robust_epochs=8, robust_steps=2)
 
     def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Trigger:
         """The stamp for images of shape ``(C, H, W)``; it does not depend on the seed.

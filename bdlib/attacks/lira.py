@@ -168,7 +168,7 @@ class LIRA:
     a poison rate of 50 %, and there is no rate to set. Trained in float32, since bfloat16 rounds such noise away.
 
     **Units.** `epsilon` counts standard deviations of normalised images, ImageNet's: 0.01 is 0.57 grey levels of 255
-    and 0.1 is 5.7. At 0.01 an image file keeps only what exceeds half a level, |T| > 0.87, as one whole level:
+    and 0.1 is 5.7. At 0.01 an image file keeps only what exceeds half a level, ``|T| > 0.87``, as one whole level:
     the attack then lives in float tensors. `bdlib.metrics.evaluate` rounds; for the other figure score
     ``model(trigger(images))`` in float32. Images are augmented before the trigger. Source: the authors' PyTorch
     release khoadoan106/backdoor_attacks.
