@@ -195,7 +195,7 @@ def test_paper_and_release_differ(monkeypatch):
 
 
 def test_the_attack_is_plain_data():
-    for preset in (BPP.paper(), BPP.official()):
+    for preset in (BPP.paper(), BPP.official(), BPP.small()):
         assert eval(repr(preset), {"BPP": BPP}) == preset  # noqa: S307 (our own repr, the store's key)
         assert hash(preset) == hash(replace(preset))
     assert all(f"{f.name}:" in inspect.getdoc(BPP) for f in fields(BPP))

@@ -199,7 +199,7 @@ def test_paper_and_release_differ(monkeypatch):
 
 
 def test_the_attack_is_plain_data():
-    for preset in (WaNet.paper(), WaNet.official()):
+    for preset in (WaNet.paper(), WaNet.official(), WaNet.small()):
         assert eval(repr(preset), {"WaNet": WaNet}) == preset  # noqa: S307 (our own repr, the store's key)
         assert WaNet.paper(target=3).target == 3 and hash(preset) == hash(replace(preset))
     assert all(f"{f.name}:" in inspect.getdoc(WaNet) for f in fields(WaNet))
