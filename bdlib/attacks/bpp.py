@@ -142,11 +142,11 @@ class BPP:
 
     @classmethod
     def small(cls, target: int = 0) -> "BPP":
-        """For the book's small network, settled on seed 0: 4 levels, no dithering, the release's shares of a fifth.
+        """For the book's small network, settled on seed 0: 4 levels, no dithering, half as many poisoned again.
 
-        With 8 levels ten epochs plant nothing.
+        With 8 dithered levels ten epochs plant nothing.
         """
-        return cls(target, 0.2, 0.2, levels=4, dithering=False)
+        return cls(target, 0.15, 0.1, levels=4, dithering=False)
 
     def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Quantise:
         """The trigger for images of shape ``(C, H, W)``; it does not depend on the seed."""

@@ -121,7 +121,8 @@ class WaNet:
     def small(cls, target: int = 0) -> "WaNet":
         """For the book's small network, tried on seed 0: six times as strong, two poisoned images for one with noise.
 
-        Ten epochs are few for a warp: with the paper's settings nothing is planted, and with these two images of three.
+        Ten epochs are few for a warp. The paper's settings plant nothing; these bring two images of three to the
+        target, and noise mode as many: the network has learnt "warped", not yet "warped smoothly".
         """
         return cls(target, 0.2, 0.5, strength=3.0)
 
