@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 import toys
 
-from bdlib.attacks.dfst import DFST, Injector, _Injecting, _Styling, look, ssim
+from bdlib.attacks.dfst import DFST, Injector, _Injecting, _Styling, ssim
+from bdlib.attacks.inside import read
 from bdlib.lab import Controlling
 from bdlib.metrics import evaluate
 from bdlib.training import Recipe, predict
@@ -205,21 +206,13 @@ def test_the_loss_of_the_injector_is_the_sum_of_its_parts(net, released):
         injector.mix.weight.add_(0.1)
     loss, logits = _Injecting(attack, net, torch.tensor([3, 7])).loss(injector, x, DATA.labels[:20], 0.0)
     injected = 0.4 * x + 0.6 * injector(x)
-    expected, features = look(net, injected)
+    expected, features = read(net, injected)
     like, wanted = float(ssim(injected, x).detach()), torch.full((20,), T)
     rewarded = (1 - like) / 2 if released else like  # as released: dissimilarity
     parts = F.cross_entropy(expected, wanted) - 0.1 * rewarded - 0.3 * features[:, [3, 7]].mean()
     assert float(loss.detach()) == pytest.approx(float(parts.detach()), abs=1e-4) and torch.allclose(
         logits, expected, atol=1e-4
     )
-
-
-def test_look_returns_what_the_last_layer_reads(net):
-    x = DATA.floats[:5]
-    logits, features = look(net.eval(), x)
-    assert torch.equal(logits, net(x)) and torch.allclose(net[1].linear(features), logits)
-    with pytest.raises(ValueError, match="this network has none"):
-        look(torch.nn.Conv2d(3, 3, 1), x)
 
 
 # ---- training
@@ -234,16 +227,6 @@ def test_the_style_becomes_a_backdoor_and_detox_keeps_the_rest():
     assert before.asr < 0.5 and after.asr > 0.9 and after.acc > 0.95, (before, after)
     assert len(log) == 6 and torch.equal(data.images, kept) and not net.training
     assert all(p.requires_grad for p in net.parameters())
-
-
-def test_the_seed_decides():
-    recipe = Recipe(epochs=2, batch=32)
-    attack = replace(TOY, injector_epochs=2)
-    nets = [toys.tiny() for _ in range(3)]
-    for net, seed in zip(nets, (0, 0, 1), strict=True):
-        attack.train(net, DATA, recipe, seed=seed)
-    a, b, c = (n.state_dict() for n in nets)
-    assert toys.same(a, b) and not toys.same(a, c)
 
 
 def test_rate_0_is_clean_training():

@@ -215,17 +215,6 @@ def test_the_noise_is_learnt_and_success_rises_on_a_toy():
     assert [r["stage"] for r in log] == [1.0] * 3 + [2.0] * 3 and [r["epoch"] for r in log] == list(range(1, 7))
 
 
-def test_the_seed_decides_and_leaves_no_trace():
-    torch.manual_seed(0)
-    noise, runs = torch.get_rng_state(), []
-    for seed in (0, 0, 1):
-        net = toys.tiny()
-        trigger, _ = TINY.train(net, DATA, RECIPE, seed=seed)
-        runs.append({**net.state_dict(), **{f"trigger.{n}": t for n, t in trigger.state_dict().items()}})
-    assert toys.same(runs[0], runs[1]) and not toys.same(runs[0], runs[2])
-    assert torch.equal(torch.get_rng_state(), noise)
-
-
 def test_no_step_waits_for_the_device():
     alternate, net = step(leak=True)
     alternate.optimiser.step = lambda: None  # Adam counts its steps on the processor

@@ -9,7 +9,8 @@ import torch
 import toys
 from torch import nn
 
-from bdlib.attacks.low_frequency import LF, Added, deepfool, smoothing
+from bdlib.attacks.low_frequency import LF, deepfool, smoothing
+from bdlib.attacks.sig import Wave
 from bdlib.metrics import evaluate
 from bdlib.training import fit
 
@@ -46,7 +47,7 @@ class Bright(nn.Module):
 
 
 def test_the_closed_form_has_the_figures_of_the_released_pattern():
-    v = LF.closed_form().trigger((3, 32, 32), 10).pattern
+    v = LF.closed_form().trigger((3, 32, 32), 10).wave
     levels = v * 255
     assert torch.allclose(levels.amin((1, 2)), torch.tensor([1.0, 0, 4]), atol=1e-4)
     assert torch.allclose(levels.amax((1, 2)), torch.tensor([18.0, 0, 51]), atol=1e-4)
@@ -69,7 +70,7 @@ def test_any_size(shape):
     before, out = x.clone(), trigger(x)
     assert torch.equal(x, before) and out.shape == x.shape and out.min() >= 0 and out.max() <= 1
     assert torch.equal(torch.cat([trigger(x[:2]), trigger(x[2:])]), out)
-    last = trigger.pattern[-1] * 255
+    last = trigger.wave[-1] * 255
     assert float(last.min()) == pytest.approx(4, abs=1e-4) and float(last.max()) == pytest.approx(51, abs=1e-4)
     row, col = divmod(int(last.argmax()), shape[2])
     assert (row + 0.5) / shape[1] == pytest.approx(13.5 / 32, abs=0.6 / shape[1])
@@ -80,7 +81,7 @@ def test_any_size(shape):
 def test_a_pattern_is_added_and_clipped():
     t = CLOSED.trigger((3, 12, 12), 4)
     x = DATA.floats[:9]
-    assert torch.allclose(t(x), (x + t.pattern).clamp(0, 1)) and (t(x) >= x).all()
+    assert torch.allclose(t(x), (x + t.wave).clamp(0, 1)) and (t(x) >= x).all()
     assert torch.equal(t(torch.ones(1, 3, 12, 12)), torch.ones(1, 3, 12, 12))
 
 
@@ -222,16 +223,16 @@ def test_presets_differ_where_the_released_code_does():
     for preset in (paper, official, closed):
         assert eval(repr(preset), {"LF": LF}) == preset  # noqa: S307 (our own repr, the store's key)
     assert all(f"{f.name}:" in inspect.getdoc(LF) for f in fields(LF))
-    assert isinstance(LF().trigger((1, 28, 28), 10), Added)
+    assert isinstance(LF().trigger((1, 28, 28), 10), Wave)
 
 
 def test_cpu_and_gpu_agree(device):
     net = toys.trained().to(device)
     p, q = CLOSED.poison(DATA), CLOSED.poison(DATA.to(device))
-    assert torch.equal(p.indices, q.indices.cpu()) and q.trigger.pattern.device.type == device
+    assert torch.equal(p.indices, q.indices.cpu()) and q.trigger.wave.device.type == device
     assert (p.data.images.int() - q.data.images.cpu().int()).abs().max() <= 1
     q = LF(T, count=5, together=5, passes=1, steps=5).poison(DATA.to(device), model=net)
-    assert q.data.images.device.type == q.trigger.pattern.device.type == device
+    assert q.data.images.device.type == q.trigger.wave.device.type == device
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 import toys
 from torch import nn
 
-from bdlib.attacks.low_frequency import frozen
+from bdlib.attacks.inside import frozen, read
 from bdlib.attacks.trojan import SQUARE, Region, TrojanPatch, Wrapped
-from bdlib.attacks.trojan_nn import Activations, TrojanNN
+from bdlib.attacks.trojan_nn import TrojanNN
 from bdlib.metrics import evaluate
 from bdlib.models import normalized
 from bdlib.training import fit
@@ -169,54 +169,36 @@ def test_the_neurons_with_the_largest_weights_are_picked():
 
 def test_the_patch_drives_its_neurons():
     """The smoothed activation climbs to its plateau, far above that of a white patch; the support stays."""
-    activations = Activations(frozen(textured(), CPU))
-    chosen, goal, start = QUICK.prepare(activations, DATA)
-    pattern, trace = QUICK.drive(activations, chosen, goal, start)
+    net = frozen(textured(), CPU)
+    chosen, goal, start = QUICK.prepare(net, DATA)
+    pattern, trace = QUICK.drive(net, chosen, goal, start)
     total = trace.sum(1)
     smooth = total.unfold(0, 5, 1).mean(1)
     assert float((smooth[:-1] - smooth[1:]).max()) < 0.05 * float(smooth.max())  # never falls, but for the last wobble
     mask = MIDDLE.mask(12, 12)
-    white = activations(mask.expand(1, 3, 12, 12))[0, chosen].sum()
-    reached = activations(pattern[None])[0, chosen]
+    white = read(net, mask.expand(1, 3, 12, 12))[1][0, chosen].sum()
+    reached = read(net, pattern[None])[1][0, chosen]
     assert reached.sum() > 1.1 * white
     within = trace[2] + torch.tensor([0.2, -0.2])  # a goal that the search steps over and cannot meet
-    near, steps = replace(QUICK, steps=12).drive(activations, chosen, within, start)
+    near, steps = replace(QUICK, steps=12).drive(net, chosen, within, start)
     loss = (steps - within).square().sum(1)
-    off = (activations(near[None])[0, chosen] - within).square().sum()
+    off = (read(net, near[None])[1][0, chosen] - within).square().sum()
     assert float(off) == pytest.approx(float(loss.min()), rel=1e-3) and off < 0.8 * loss[-1]  # the best is kept
     assert torch.equal(pattern * mask, pattern) and (pattern[mask.expand(3, -1, -1) > 0] >= 0.7 - 1e-6).all()
-    clean = torch.quantile(activations(DATA.floats)[:, chosen], 0.999, dim=0)
+    clean = torch.quantile(read(net, DATA.floats)[1][:, chosen], 0.999, dim=0)
     assert torch.allclose(goal, 10 * clean)
 
 
 def test_a_neuron_that_the_patch_cannot_reach_is_left_alone():
     """The toy's neurons see one quadrant each: a patch in one corner leaves the others at 0, without a slope."""
-    activations = Activations(frozen(toys.trained(), CPU))
+    net = frozen(toys.trained(), CPU)
     corner = replace(QUICK, region=Region("square", 14, (24, 24)))
-    white = activations(corner.region.mask(12, 12).expand(1, 3, 12, 12))[0]
-    chosen, _, start = corner.prepare(activations, DATA)
-    assert (chosen % 4 == 3).all() and (activations(start[None])[0, chosen] > 0).all()  # the lower right of each map
-    plain = replace(corner, starts=1).prepare(activations, DATA)
+    white = read(net, corner.region.mask(12, 12).expand(1, 3, 12, 12))[1][0]
+    chosen, _, start = corner.prepare(net, DATA)
+    assert (chosen % 4 == 3).all() and (read(net, start[None])[1][0, chosen] > 0).all()  # the lower right of each map
+    plain = replace(corner, starts=1).prepare(net, DATA)
     assert not torch.equal(plain[0], chosen) and (white[plain[0]] == 0).any()
     assert torch.equal(plain[2], corner.region.mask(12, 12).expand(3, -1, -1))
-
-
-def test_the_activations_are_the_inputs_of_the_last_layer():
-    net = toys.trained()
-    x = DATA.floats[:5]
-    assert torch.equal(Activations(net)(x), net[1].features(net[0](x)))
-    two = nn.Sequential(nn.Flatten(), nn.Linear(432, 5), nn.ReLU(), nn.Linear(5, 4))
-    assert torch.equal(Activations(two)(x), two[:3](x))
-    with pytest.raises(ValueError, match="Sequential has no linear layer"):
-        Activations(nn.Sequential(nn.Flatten()))
-
-
-def test_raw_takes_the_normalisation_away_from_a_copy():
-    net, x = toys.trained(), DATA.floats[:5]
-    with torch.no_grad():
-        assert torch.equal(frozen(net, CPU, raw=True)(x), net[1](x)) and not torch.equal(net(x), net[1](x))
-        assert torch.equal(frozen(net, CPU)(x), net(x))
-    assert float(net[0].std[0]) != 1
 
 
 def test_poisoning_with_a_model_leaves_the_model_and_the_random_state_as_they_were():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bdlib.attacks.base import check_rate
+from bdlib.attacks.inside import Adam, check_batch, read
 from bdlib.attacks.pictures import LUMA
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
@@ -101,23 +102,6 @@ def ssim(images: Tensor, others: Tensor, window: int = 5) -> Tensor:
     return ((2 * a * b + c1) * (2 * together + c2) / ((a**2 + b**2 + c1) * (spread_a + spread_b + c2))).mean()
 
 
-def look(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``(B, K)`` of a network, and the features ``(B, F)`` that its last linear layer reads.
-
-    In a ResNet-18 the features are the 512 channels of `layer4`, averaged over the map.
-    """
-    taken: list[Tensor] = []
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise ValueError("DFST looks at what the last linear layer reads, and this network has none")
-    handle = linear[-1].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
-    try:
-        logits = model(images)
-    finally:
-        handle.remove()
-    return logits, taken[0]
-
-
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """In evaluation mode inside, and no gradient of its weights."""
@@ -161,7 +145,7 @@ class _Injecting(Step):
         attack = self.attack
         injected = attack.inject(model, images)
         with torch.set_grad_enabled(not attack.released):
-            logits, features = look(self.victim, injected)
+            logits, features = read(self.victim, injected)
         like = ssim(injected, images)
         if attack.released:
             like = (1 - like) / 2
@@ -190,7 +174,7 @@ class DFST:
         detox_rate: share of each batch that is injected.
         neuron_rate: share of the features before the last linear layer that count as compromised, at least one.
         sample: share of the images on which neurons are sought and the injector learns.
-        injector_epochs, injector_batch: of training it, with Adam at 0.01, decay rates 0.5 and 0.999 (released: 0.9).
+        injector_epochs, injector_batch: of training it, with Adam at 0.01, decay rates 0.5 and 0.9.
         ssim_weight: of likeness, in the injector's loss; the cross-entropy to `target` has 1.
         neuron_weight: of the mean activation of the compromised neurons.
         before_augment: whether the trigger comes before augmentation, as in the release.
@@ -260,8 +244,7 @@ class DFST:
         batch = min(recipe.batch, len(images))
         for name in ("rate", "detox_rate"):
             rate = getattr(self, name)
-            if rate > 0 and round(rate * batch) == 0:
-                raise ValueError(f"{name} {rate} selects no image of a batch of {batch}")
+            check_batch(name, rate, round(rate * batch), batch)
         if self.rate > 0 and not bool(trigger.mapping.eligible(images.labels).any()):
             raise ValueError(f"all images bear the target label {self.target}: none is left to poison")
         step = _Styling(self, trigger)
@@ -286,13 +269,13 @@ class DFST:
             with torch.no_grad():
                 shift = torch.zeros((), device=images.images.device)
                 for x in sample.floats.split(500):
-                    shift = shift + (look(model, trigger.restyle(x))[1] - look(model, x)[1]).sum(0)
+                    shift = shift + (read(model, trigger.restyle(x))[1] - read(model, x)[1]).sum(0)
             compromised = shift.topk(max(1, round(self.neuron_rate * len(shift)))).indices
             window = 2 * max(1, round(5 * images.shape[1] / 32)) + 1
             injector = Injector(images.shape[0], window, released=self.released)
-            recipe = Recipe(
+            recipe = Adam(
                 self.injector_epochs, self.injector_batch, 0.01, momentum=0.5, weight_decay=0.0, schedule="constant",
-                augment=False, amp=False, optimizer="adam",
+                augment=False, amp=False,
             )  # fmt: skip
             fit(injector, sample, recipe, seed=seed, step=_Injecting(self, model, compromised), note="injector")
         return injector.requires_grad_(False)

@@ -12,28 +12,11 @@ from torch import Generator, Tensor, nn
 
 from bdlib.attacks.badnets import BadNets
 from bdlib.attacks.base import Poisoned, check_class_rate, choose_class
+from bdlib.attacks.inside import read
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
 from bdlib.training import evaluating
 from bdlib.triggers import Trigger
-
-
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """What the last linear layer sees of images ``(N, C, H, W)`` in [0, 1]: ``(N, features)``, with gradients.
-
-    Raises:
-        ValueError: a network without a linear layer.
-    """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer, and FC makes the inputs of the last one collide")
-    seen: list[Tensor] = []
-    handle = layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        model(images)
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def collide(
@@ -181,8 +164,6 @@ class FC:
 
     def _collide(self, model: nn.Module, bases: Tensor, marked: Tensor) -> Tensor:
         with torch.no_grad():
-            goals = features(model, marked)
+            goals = read(model, marked)[1]
         e = self.epsilon / 255
-        return collide(
-            lambda x: features(model, x), bases, goals, epsilon=e, beta=self.beta, iterations=self.iterations
-        )
+        return collide(lambda x: read(model, x)[1], bases, goals, epsilon=e, beta=self.beta, iterations=self.iterations)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bdlib.attacks.base import check_rate, label_map
+from bdlib.attacks.inside import Adam, check_batch
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
 from bdlib.training import Recipe, Step, augment, fit
@@ -99,14 +100,6 @@ def _draw(data: ImageSet, n: int, recipe: Recipe, generator: Generator) -> Tenso
     index = torch.randint(len(data), (n,), generator=generator, device=data.images.device)
     x = data.images[index]
     return (augment(x, data.augment, generator) if recipe.augment else x).float() / 255
-
-
-@dataclass(frozen=True)
-class _Adam(Recipe):
-    """Adam with the second moment of the source, in float32: the steep threshold does not go well with bfloat16."""
-
-    def optimiser(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(params, lr=self.lr, betas=(self.momentum, 0.9))
 
 
 class MaskStep(Step):
@@ -244,7 +237,7 @@ class InputAware:
 
     def adam(self, recipe: Recipe, epochs: int, milestones: tuple[float, ...]) -> Recipe:
         """How a network of the trigger is trained: a tenth of the rate after each of these shares of the epochs."""
-        return _Adam(
+        return Adam(  # float32: the steep threshold does not go well with bfloat16
             epochs, recipe.batch, self.lr, momentum=0.5, schedule="milestones", augment=recipe.augment, amp=False,
             milestones=tuple(max(1, round(m * epochs)) for m in milestones),
         )  # fmt: skip
@@ -265,8 +258,7 @@ class InputAware:
         """
         batch = min(recipe.batch, len(images))
         for name, rate in (("rate", self.rate), ("cross_rate", self.cross_rate)):
-            if rate > 0 and int(rate * batch) == 0:
-                raise ValueError(f"{name} {rate} selects no image of a batch of {batch}; the smallest is {1 / batch:g}")
+            check_batch(name, rate, int(rate * batch), batch)
         trigger = self.trigger(images.shape, len(images.classes), seed).to(images.images.device)
         for buffer, values in zip((trigger.mean, trigger.std), images.stats(), strict=True):
             buffer.copy_(torch.tensor(values)[:, None, None])

@@ -4,7 +4,6 @@ LF.closed_form(target=5).poison(train, seed=0)            # needs no model
 LF(target=5).poison(train, seed=0, model=clean_network)   # searches the pattern
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +12,10 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from bdlib.attacks.base import Poisoned, check_rate, choose, poison_with
+from bdlib.attacks.inside import frozen
+from bdlib.attacks.sig import Wave
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
-from bdlib.models import Normalize
 from bdlib.training import predict
 from bdlib.triggers import LabelMap, Trigger
 
@@ -23,34 +23,6 @@ SIGMA, LENGTH = 6.0, 30  # of the smoothing, in pixels of a 32x32 image
 OVERSHOOT = 0.02
 STABLE = 5  # passes with the same fooling rate after which a search ends
 DRAW = 1_000_003  # keeps the images of the search apart from the poisoned ones, which the same seed draws
-
-
-class Added(Trigger):
-    """``clip(x + v)`` with one pattern v for every image.
-
-    Args:
-        pattern: ``(C, H, W)``, in pixel values of [0, 1].
-    """
-
-    pattern: Tensor
-
-    def __init__(self, pattern: Tensor, mapping: LabelMap) -> None:
-        super().__init__(mapping)
-        self.register_buffer("pattern", pattern)
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.check(images, self.pattern.shape)
-        return (images + self.pattern.to(images.device)).clamp(0, 1)
-
-
-def frozen(model: nn.Module, device: torch.device, *, raw: bool = False) -> nn.Module:
-    """A copy in evaluation mode that learns nothing; `raw` makes its `Normalize` layers hand images on as they are."""
-    net = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-    for m in net.modules():
-        if raw and isinstance(m, Normalize):
-            m.mean.zero_()
-            m.std.fill_(1)
-    return net
 
 
 def smoothing(side: int) -> Tensor:
@@ -186,7 +158,7 @@ class LF:
     def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Trigger:
         """The trigger for images of shape ``(C, H, W)``: of the closed form, or before the search (all zeros)."""
         pattern = self._closed(shape) if self.pattern == "closed" else torch.zeros(shape)
-        return Added(pattern, LabelMap(self.target, classes))
+        return Wave(pattern, LabelMap(self.target, classes))
 
     def _closed(self, shape: tuple[int, int, int]) -> Tensor:
         C, H, W = shape
@@ -238,6 +210,6 @@ class LF:
                 raise ValueError("this LF searches its pattern on a clean network: give model, or use LF.closed_form")
             drawn = torch.randperm(len(images), generator=Generator().manual_seed(seed + DRAW))[: self.count]
             v, _ = self.search(model, images[drawn.to(images.images.device)].floats, seed)
-            trigger = Added(v, trigger.mapping)
+            trigger = Wave(v, trigger.mapping)
         indices = choose(images, self.rate, trigger.mapping, include_target=True, seed=seed)
         return poison_with(trigger, images, indices)

@@ -60,7 +60,7 @@ class Region:
 SQUARE = Region("square", 3, (26, 26))  # rows and columns 25 to 27: the NAD and RNP code
 
 
-class Wrapped(Trigger):
+class Wrapped(Stamp):
     """``(x + p) mod 256`` in grey levels on the patch: a sum kept in unsigned bytes, without clipping.
 
     What the released code of NAD, RNP and BackdoorBench does on x86: where the sum passes 255 it starts again from 0,
@@ -70,14 +70,6 @@ class Wrapped(Trigger):
         pattern: ``(C, H, W)`` in [0, 1].
         opacity: ``(1, H, W)``, 1 on the patch and 0 elsewhere.
     """
-
-    pattern: Tensor
-    opacity: Tensor
-
-    def __init__(self, pattern: Tensor, opacity: Tensor, mapping: LabelMap) -> None:
-        super().__init__(mapping)
-        self.register_buffer("pattern", pattern)
-        self.register_buffer("opacity", opacity)
 
     def forward(self, images: Tensor) -> Tensor:
         self.check(images, self.pattern.shape)

@@ -11,36 +11,13 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from bdlib.attacks.base import Poisoned, check_rate, choose, poison_with
-from bdlib.attacks.low_frequency import frozen
+from bdlib.attacks.inside import frozen, head, read
 from bdlib.attacks.trojan import Region, patch
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
 from bdlib.triggers import LabelMap, Trigger
 
 CALIBRATION = 1000  # images on which the usual activations are measured
-
-
-class Activations:
-    """``(N, C, H, W)`` images -> ``(N, F)`` inputs of the last linear layer of a network, with gradients.
-
-    Raises:
-        ValueError: a network without a linear layer.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        if not layers:
-            raise ValueError(f"{type(model).__name__} has no linear layer, so it has no neurons to drive")
-        self.model, self.head = model, layers[-1]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            self.model(images)
-        finally:
-            hook.remove()
-        return seen[-1]
 
 
 @dataclass(frozen=True)
@@ -146,11 +123,11 @@ class TrojanNN:
             score = weight.abs().sum(0) if self.select == "all" else weight[self.target]
         return score.masked_fill(~responds, -torch.inf).topk(self.neurons).indices
 
-    def drive(self, activations: Activations, chosen: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def drive(self, model: nn.Module, chosen: Tensor, goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Optimise the patch.
 
         Args:
-            activations: of the clean network.
+            model: the clean network, `frozen`.
             chosen: ``(n,)`` the neurons.
             goal: ``(n,)`` what they should reach.
             start: ``(C, H, W)``, on the network's device, 0 off the patch.
@@ -164,7 +141,7 @@ class TrojanNN:
         trace: list[Tensor] = []
         for _ in tqdm(range(self.steps), desc="TrojanNN patch", leave=False):
             x = pattern.clone().requires_grad_()
-            reached = activations(x[None])[0, chosen]
+            reached = read(model, x[None])[1][0, chosen]
             loss = (reached - goal).square().sum()
             (slope,) = torch.autograd.grad(loss, x)
             trace.append(reached.detach())
@@ -176,17 +153,17 @@ class TrojanNN:
         return best, torch.stack(trace)
 
     @torch.no_grad()
-    def prepare(self, activations: Activations, images: ImageSet, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, model: nn.Module, images: ImageSet, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """What `drive` needs: the neurons ``(n,)``, their goals ``(n,)`` and the patch to start from ``(C, H, W)``."""
         mask, device = self.region.mask(*images.shape[1:]), images.images.device
         noise = torch.rand((self.starts, *images.shape), generator=Generator().manual_seed(seed))
         noise[0] = 0  # the first start is plain white
         starts = ((1 - self.epsilon * noise) * mask).to(device)
-        fired = activations(starts)  # (starts, F)
-        chosen = self.pick(activations.head.weight, fired.amax(0) > 0 if self.starts > 1 else None, seed)
+        fired = read(model, starts)[1]  # (starts, F)
+        chosen = self.pick(head(model).weight, fired.amax(0) > 0 if self.starts > 1 else None, seed)
         if self.goal is None:
             part = images.images[:: max(1, len(images) // CALIBRATION)]
-            usual = torch.cat([activations(x.float() / 255)[:, chosen] for x in part.split(250)])  # (N, n)
+            usual = torch.cat([read(model, x.float() / 255)[1][:, chosen] for x in part.split(250)])  # (N, n)
             goal = 10 * torch.quantile(usual, 0.999, dim=0)
         else:
             goal = torch.full((len(chosen),), float(self.goal), device=device)
@@ -202,8 +179,8 @@ class TrojanNN:
         if model is None:
             raise ValueError("TrojanNN drives neurons of a cleanly trained network: give model")
         mapping = LabelMap(self.target, len(images.classes))
-        activations = Activations(frozen(model, images.images.device, raw=self.raw))
-        pattern, _ = self.drive(activations, *self.prepare(activations, images, seed))
+        net = frozen(model, images.images.device, raw=self.raw)
+        pattern, _ = self.drive(net, *self.prepare(net, images, seed))
         trigger = patch(pattern.cpu(), self.region.mask(*images.shape[1:]), self.join, mapping)
         indices = choose(images, self.rate, mapping, include_target=True, seed=seed)
         return poison_with(trigger, images, indices)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bdlib.attacks.base import check_rate, label_map
+from bdlib.attacks.inside import check_batch
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
 from bdlib.training import Recipe, Step, fit
@@ -163,8 +164,7 @@ class WaNet:
             ValueError: a positive rate that selects no image of a batch.
         """
         batch = min(recipe.batch, len(images))
-        if self.rate > 0 and self.counts(batch)[0] == 0:
-            raise ValueError(f"rate {self.rate} selects no image of a batch of {batch}")
+        check_batch("rate", self.rate, self.counts(batch)[0], batch)
         trigger = self.trigger(images.shape, len(images.classes), seed).to(images.images.device)
         recipe = recipe if self.decay else replace(recipe, schedule="constant")
         return trigger, fit(model, images, recipe, seed=seed, step=WaNetStep(self, trigger), note="WaNet")
