@@ -35,12 +35,11 @@ def _attack(args: argparse.Namespace, lab: Any) -> Any:
     if args.attack == "none":
         return None
     kind = getattr(attacks, ATTACKS[args.attack])
-    tuned = "small" if lab.scale.dataset == "signs" and hasattr(kind, "small") else None
-    name = args.attack_preset or tuned
-    if name is not None and not hasattr(kind, name):
-        raise ValueError(f"--attack-preset {name}: {args.attack} has paper and official")
-    preset = kind if name is None else getattr(kind, name)
-    attack = preset(lab.target if args.target is None else args.target)
+    known = attacks.presets(kind)
+    name = args.attack_preset or ("small" if lab.scale.dataset == "signs" else "")
+    if args.attack_preset and name not in known:
+        raise ValueError(f"--attack-preset {name}: {args.attack} has {', '.join(known)}")
+    attack = known.get(name, kind)(lab.target if args.target is None else args.target)
     given = {"rate": args.rate, "class_rate": args.class_rate, "mode": args.mode}
     return _changed(attack, {k: v for k, v in given.items() if v is not None}, args.attack)
 
@@ -103,13 +102,19 @@ def _rows(scores: dict[str, Any]) -> dict[str, str]:
     return {names[k]: _percent(v) for k, v in scores.items() if k in names}
 
 
+def _poisoned(victim: Any) -> str:
+    if victim.trigger is not None and not len(victim.indices):
+        return "other ones in each batch"
+    return str(len(victim.indices))
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a victim, or find it in the store, and score it."""
     lab = _lab(args)
     victim = lab.victim(_attack(args, lab), seed=args.seed)
     scores = _scored(victim.model, lab, victim.trigger)
     record = {**victim.facts, **scores}
-    rows = {"attack": record["attack"], "poisoned images": len(victim.indices), **_rows(scores),
+    rows = {"attack": record["attack"], "poisoned images": _poisoned(victim), **_rows(scores),
             "trained in": f"{record['seconds']:.0f} s on {record['device']} ({record['dtype']})"}  # fmt: skip
     return {"record": record, "text": _show(f"victim: {lab.scale.network} on {lab.scale.dataset}", rows)}
 
@@ -191,6 +196,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         result = speed.measure()
         return {"record": result, "text": speed.report(result)}
     lab = Lab("small", device="cpu")
+    if args.what == "gallery":
+        from bdlib import gallery
+
+        made = gallery.make(lab)
+        return {"record": {"made": made}, "text": f"gallery: {made} sheets made, {len(gallery.sheets())} there"}
     failed = 0 if args.list else benchmark.make(lab, only=args.only)
     rows: dict[str, list[int]] = {}
     for cell, _, record in benchmark.status(lab, only=args.only):
@@ -217,8 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     for function in (train, evaluate, defend):
         sub = command(function)
         sub.add_argument("--attack", choices=(*ATTACKS, "none"), default="badnets")
-        sub.add_argument("--attack-preset", choices=("paper", "official", "small"), help="settings of the attack "
-                         "(default: small on signs where the attack has it, else its defaults)")  # fmt: skip
+        sub.add_argument("--attack-preset", metavar="NAME", help="settings of the attack: paper, official, or one "
+                         "of its own (default: small on signs where the attack has it, else the defaults)")  # fmt: skip
         sub.add_argument("--rate", type=float, help="poison rate, share of all training images (default 0.1)")
         sub.add_argument("--class-rate", type=float, help="of clean-label attacks: share of the target class")
         sub.add_argument("--target", type=int, help="target label (default: the book's choice for the data set)")
@@ -244,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", nargs="?", help="data set, for fetch and preview")
     sub.add_argument("-o", "--output", default="preview.png", help="picture written by preview")
     sub = command(bench)
-    sub.add_argument("what", choices=("records", "speed"))
+    sub.add_argument("what", choices=("records", "gallery", "speed"))
     sub.add_argument("--list", action="store_true", help="say what is there; compute nothing")
     sub.add_argument("--only", default="", metavar="TEXT", help="experiments whose name contains this")
     return parser

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from bdlib import files, provenance, store
+from bdlib import attacks, files, provenance, store
 from bdlib.attacks.badnets import BadNets
 from bdlib.attacks.blend import Blend
 from bdlib.attacks.sig import SIG
@@ -37,7 +37,11 @@ from bdlib.metrics import Scores, accuracy, der, evaluate
 from bdlib.neurons import curve, grid
 from bdlib.records import RESULTS, read
 
-WITHOUT_ORACLE = ("budget", "mnp-variants")  # no chapter draws their curves, each of which costs more than the repair
+WITHOUT_ORACLE = (
+    "budget",
+    "mnp-variants",
+    "defences-more",
+)  # no chapter draws their curves, each of which costs more than the repair
 SEEDS = (3, 4, 5)  # 0 to 2 were used to settle data set, network and recipes
 
 
@@ -143,6 +147,19 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         for defence in (*tuned_weights, RNP.small(), MNP.small(), NPD.small()):  # ANP: anp-budget
             label = {"attack": "BadNets", "defence": type(defence).__name__, "per_class": images}
             add("budget", label, badnets, defence, per_class=images)
+    known = attacks.every(target)
+    for name, attack in known.items():
+        add("attacks", {"attack": name}, attack, None)
+    add("attacks", {"attack": "Refool", "preset": "official"}, attacks.Refool.official(target), None)
+    for name in ("CL", "SSBA", "InputAware", "AdaptiveBlend"):  # clean label, per image, own training, adaptive
+        for defence in (NAD.small(), ANP.small(), RNP.small(), NPD.small(), MNP.small(), FTSAM.small()):
+            add("defences-more", {"attack": name, "defence": type(defence).__name__}, known[name], defence)
+    for rate in (0.002, 0.01, 0.03):
+        for attack in (attacks.TrojanPatch(target), attacks.LF.closed_form(target)):
+            label = {"attack": type(attack).__name__, "rate": rate}
+            add("attack-rate", label, replace(attack, rate=rate), None)
+    for rate in (0.1, 0.25):
+        add("attack-rate", {"attack": "SIG", "rate": rate}, replace(every["SIG"], class_rate=rate), None)
     return out
 
 

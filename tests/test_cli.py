@@ -1,6 +1,7 @@
 """The command line: tables, JSON, overrides, bad input, interruption."""
 
 import json
+import re
 
 import pytest
 
@@ -116,13 +117,21 @@ def test_help_of_every_command(capsys):
 
 def test_every_attack_and_defence_of_the_library_has_a_name():
     from bdlib import attacks, defenses
-    from bdlib.triggers import LabelMap, Trigger
 
-    kinds = {
-        n for n in attacks.__all__ if isinstance(getattr(attacks, n), type) and hasattr(getattr(attacks, n), "paper")
-    }
-    assert set(cli.ATTACKS.values()) == kinds and not kinds & {LabelMap.__name__, Trigger.__name__}
+    assert set(cli.ATTACKS.values()) == {kind.__name__ for kind in attacks.KINDS}
     assert set(cli.DEFENSES.values()) == set(defenses.__all__) - {"Repair"}
+
+
+def test_any_preset_of_an_attack_can_be_named(capsys):
+    status, out, err = run(capsys, "train", *RUN, "--attack", "lf", "--attack-preset", "closed_form", "--json")
+    assert status == 0 and "pattern='closed'" in json.loads(out)["attack"], err
+    status, out, err = run(capsys, "train", *RUN, "--attack", "lira", "--attack-preset", "tiny")
+    assert status == 2 and "--attack-preset tiny: lira has paper, official, backdoorbench, small" in err
+
+
+def test_what_a_training_controlled_attack_poisons_is_said(capsys):
+    status, out, err = run(capsys, "train", *RUN, "--attack", "bpp")
+    assert status == 0 and re.search(r"poisoned images +other ones in each batch", out), err
 
 
 def test_every_defence_runs_from_the_command_line(capsys):
