@@ -195,6 +195,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
 
         result = speed.measure()
         return {"record": result, "text": speed.report(result)}
+    if args.what == "poison":
+        from bdlib import speed
+
+        result = speed.poisoning()
+        return {"record": result, "text": speed.report_poisoning(result)}
     lab = Lab("small", device="cpu")
     if args.what == "gallery":
         from bdlib import gallery
@@ -254,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", nargs="?", help="data set, for fetch and preview")
     sub.add_argument("-o", "--output", default="preview.png", help="picture written by preview")
     sub = command(bench)
-    sub.add_argument("what", choices=("records", "gallery", "speed"))
+    sub.add_argument("what", choices=("records", "gallery", "speed", "poison"))
     sub.add_argument("--list", action="store_true", help="say what is there; compute nothing")
     sub.add_argument("--only", default="", metavar="TEXT", help="experiments whose name contains this")
     return parser

@@ -77,7 +77,7 @@ def distances(clean: Tensor, triggered: Tensor) -> dict[str, float]:
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    a, b = clean.float(), triggered.float()
+    a, b = clean.double(), triggered.double()  # in float32 a flat image would differ from itself
     ssim = structural_similarity_index_measure(b, a, data_range=255.0)
     assert isinstance(ssim, Tensor)  # it would be two, with the contrast apart
     psnr = peak_signal_noise_ratio(b, a, data_range=255.0, dim=(1, 2, 3))  # of each image, then the mean

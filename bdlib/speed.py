@@ -1,11 +1,12 @@
-"""How fast is it? Ratios measured in one run on this machine, by process time and medians; never a test.
+"""How fast is it? Measured in one run on this machine, by medians; never a test.
 
-python -m bdlib bench speed
+python -m bdlib bench speed         # training and evaluation against the usual pipeline
+python -m bdlib bench poison        # every trigger over a training set
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdlib import provenance
+from bdlib import attacks, provenance
 from bdlib.data.imageset import Augment, ImageSet
 from bdlib.lab import Lab
 from bdlib.training import Recipe, augment, fit, predict
+from bdlib.triggers import Trigger
+
+SLOW = ("SSBA", "DFST", "LIRA", "InputAware", "InputAwareStatic")  # a network a picture: a part of the set will do
 
 
 def _median_seconds(work: Callable[[], Any], clock: Callable[[], float] = time.process_time, repeat: int = 3) -> float:
@@ -90,6 +94,38 @@ def measure() -> dict[str, Any]:
     }  # fmt: skip
     result["evaluation"] = {"images_per_second": len(lab.test) / wall(lambda: predict(nets[0], lab.test.images))}
     return {**result, **provenance.run_info("cpu")}
+
+
+def _rate(trigger: Trigger, batches: Sequence[Tensor]) -> float:
+    with torch.no_grad():
+        seconds = _median_seconds(lambda: [trigger.stamp(b) for b in batches], time.perf_counter)
+    return sum(map(len, batches)) / seconds
+
+
+def poisoning(data: ImageSet | None = None) -> dict[str, Any]:
+    """Images a second that each attack's trigger changes, grey levels in and out, by wall time over a whole set.
+
+    A trigger that is learnt is timed untrained: it costs the same, and what learning costs the records say.
+
+    Args:
+        data: by default the training set of the small scale, 8,000 images of 32x32.
+    """
+    data = Lab("small", device="cpu").train if data is None else data
+    rows = {}
+    for name, attack in attacks.every().items():
+        trigger = attack.trigger(data.shape, len(data.classes)).eval()
+        few = data.images[:: 16 if name in SLOW else 1].split(500)  # batches that a processor's cache can hold
+        rows[name] = _rate(trigger, few)
+    dithered = attacks.BPP.paper().trigger(data.shape, len(data.classes))
+    rows["BPP, dithered"] = _rate(dithered, data.images.split(500))
+    return {"images": len(data), "images_per_second": rows, **provenance.run_info("cpu")}
+
+
+def report_poisoning(result: dict[str, Any]) -> str:
+    """The measurements of `poisoning`, the fastest first."""
+    rows = sorted(result["images_per_second"].items(), key=lambda row: -row[1])
+    lines = [f"triggers on {result['device']}, images a second, over {result['images']:,} images"]
+    return "\n".join(lines + [f"  {name:<18} {value:>12,.0f}" for name, value in rows])
 
 
 def report(result: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import math
+import os
 import re
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -35,9 +37,11 @@ from bdlib.attacks import (
 )  # fmt: skip
 from bdlib.data import Data
 from bdlib.lab import NETWORKS, Controlling, Lab
+from bdlib.metrics import evaluate
 from bdlib.models import normalized
 from bdlib.training import Recipe
 
+REAL = os.environ.get("BDLIB_DATA")
 T, ROOT = toys.TARGET, Path(__file__).parent.parent
 TRAIN, TEST = toys.squares(260), toys.squares(40, seed=1)
 EVERY = [
@@ -203,3 +207,21 @@ def test_every_attack_stands_in_the_table():
     assert all(set(a.cite.split(",")) <= keys for a in table.ABOUT.values())
     lines = table.markdown(T).splitlines()
     assert len(lines) == 2 + len(found) and len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.slow
+@each
+def test_on_real_photographs(attack, tmp_path, monkeypatch):
+    """CIFAR-10, where it is at hand: every attack poisons and trains from end to end, at its small settings."""
+    if not REAL or not (Path(REAL) / "cifar-10-batches-py").exists():
+        pytest.skip("no CIFAR-10 under BDLIB_DATA")
+    train, test = (part[:640] for part in datasets.load("cifar10", verify=False))
+    monkeypatch.setenv("BDLIB_STORE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load", lambda name, device="cpu", verify=True: Data(train, test))
+    monkeypatch.setitem(NETWORKS, "tiny", lambda k, mean, std, channels: normalized(toys.Tiny(k), mean, std))
+    lab = Lab("full", device="cpu", recipe=Recipe(2, 64), reserve=100, network="tiny")
+    victim = lab.victim(attack, seed=0)
+    scores = evaluate(victim.model, lab.test, victim.trigger)
+    changed = victim.trigger.stamp(lab.test.images[:50]) != lab.test.images[:50]
+    assert changed.flatten(1).any(1).all() and scores.triggered > 500
+    assert victim.log and all(math.isfinite(r["loss"]) for r in victim.log)

@@ -85,7 +85,6 @@ class WaNet:
             nearest are 13 and 26), and all-to-all lacks its + 1, so that it trains on true labels and plants nothing.
         decay: False keeps the learning rate at its peak to the end, as BackdoorBench does by an oversight: it decays
             at epochs 100, 200, ... of 100, which costs 2 to 3 points of accuracy and 9 of WaNet's success.
-        stretch: the classifier trains for so many times the epochs of the recipe; the release trains for 1,000.
     """
 
     target: int = 0
@@ -97,7 +96,6 @@ class WaNet:
     before_augment: bool = True
     released: bool = False
     decay: bool = True
-    stretch: float = 1.0
 
     def __post_init__(self) -> None:
         check_rate(self.rate)
@@ -107,7 +105,6 @@ class WaNet:
             "mode": (self.mode in ("all-to-one", "all-to-all"), "all-to-one or all-to-all"),
             "grid_size": (self.grid_size >= 2, "2 or more"),
             "strength": (self.strength >= 0, "0 or more"),
-            "stretch": (self.stretch >= 1, "1 or more"),
         }  # fmt: skip
         require(self, checks)
 
@@ -125,8 +122,9 @@ class WaNet:
     def small(cls, target: int = 0) -> "WaNet":
         """For the book's small network, tried on seed 0: six times as strong, two poisoned images for one with noise.
 
-        Ten epochs are few for a warp. The paper's settings plant nothing; these bring two images of three to the
-        target, and noise mode as many: the network has learnt "warped", not yet "warped smoothly".
+        The paper's settings plant nothing here. These bring two images of three to the target, and noise mode as many:
+        the network has learnt "warped", not yet "warped smoothly". 25 epochs make that 84 and 83 %; 16 with as many
+        images in noise mode as poisoned ones, after 8 without, 52 and 52 %; half a pixel is little on 32.
         """
         return cls(target, 0.2, 0.5, strength=3.0)
 
@@ -169,7 +167,6 @@ class WaNet:
         batch = min(recipe.batch, len(images))
         check_batch("rate", self.rate, self.counts(batch)[0], batch)
         trigger = self.trigger(images.shape, len(images.classes), seed).to(images.images.device)
-        recipe = replace(recipe, epochs=round(self.stretch * recipe.epochs))
         recipe = recipe if self.decay else replace(recipe, schedule="constant")
         return trigger, fit(model, images, recipe, seed=seed, step=WaNetStep(self, trigger), note="WaNet")
 
