@@ -152,7 +152,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         add("attacks", {"attack": name}, attack, None)
     add("attacks", {"attack": "Refool", "preset": "official"}, attacks.Refool.official(target), None)
     for name in ("CL", "SSBA", "InputAware", "AdaptiveBlend"):  # clean label, per image, own training, adaptive
-        for defence in (NAD.small(), ANP.small(), RNP.small(), NPD.small(), MNP.small(), FTSAM.small()):
+        for defence in (NAD.small(), ANP.small(), RNP.small(), NPD.small(), MNP.small()):
             add("defences-more", {"attack": name, "defence": type(defence).__name__}, known[name], defence)
     for rate in (0.002, 0.01, 0.03):
         for attack in (attacks.TrojanPatch(target), attacks.LF.closed_form(target)):
