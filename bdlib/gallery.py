@@ -53,8 +53,7 @@ def sheets(path: Path = FILE) -> dict[str, Sheet]:
     """The committed sheets by name, in the order of `bdlib.attacks.KINDS`.
 
     Raises:
-        FileNotFoundError: no such file.
-        bdlib.files.DamagedFile: it is not what was written.
+        FileNotFoundError: no such file. (One that is not what was written raises ``files.DamagedFile``.)
     """
     found = files.read(path)
     if found is None:
