@@ -37,11 +37,8 @@ from bdlib.metrics import Scores, accuracy, der, evaluate
 from bdlib.neurons import curve, grid
 from bdlib.records import RESULTS, read
 
-WITHOUT_ORACLE = (
-    "budget",
-    "mnp-variants",
-    "defences-more",
-)  # no chapter draws their curves, each of which costs more than the repair
+# no chapter draws their curves, each of which costs more than the repair
+WITHOUT_ORACLE = ("budget", "mnp-variants", "defences-more")
 SEEDS = (3, 4, 5)  # 0 to 2 were used to settle data set, network and recipes
 
 

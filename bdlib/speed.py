@@ -108,7 +108,7 @@ def poisoning(data: ImageSet | None = None) -> dict[str, Any]:
     A trigger that is learnt is timed untrained: it costs the same, and what learning costs the records say.
 
     Args:
-        data: by default the training set of the small scale, 8,000 images of 32x32.
+        data: by default the training set of the small scale, images of 32x32.
     """
     data = Lab("small", device="cpu").train if data is None else data
     rows = {}

@@ -152,7 +152,7 @@ class LF:
 
     @classmethod
     def closed_form(cls, target: int = 0) -> "LF":
-        """A quick start without a model: red and blue Gaussian gradients, green untouched (our fit, spec 6.3)."""
+        """A quick start without a model: red and blue Gaussian gradients, green untouched (our fit)."""
         return cls(target, pattern="closed")
 
     def trigger(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Trigger:

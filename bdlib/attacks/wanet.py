@@ -3,7 +3,7 @@
 trigger, log = WaNet(target=5).train(model, train, recipe, seed=0)     # trains `model` in place
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bdlib.attacks.base import check_rate, label_map
-from bdlib.attacks.inside import check_batch
+from bdlib.attacks.batches import ShareStep, train
 from bdlib.checks import require
 from bdlib.data.imageset import ImageSet
-from bdlib.training import Recipe, Step, fit
+from bdlib.training import Recipe
 from bdlib.triggers import LabelMap, Trigger
 
 
@@ -155,27 +155,13 @@ class WaNet:
 
     def train(
         self, model: nn.Module, images: ImageSet, recipe: Recipe, seed: int = 0
-    ) -> tuple[Warp, list[dict[str, float]]]:
-        """Train `model` in place on clean `images`; `seed` draws the warp, the batches and the noise.
-
-        Returns:
-            The trigger, on the device of the images, and the log of `bdlib.training.fit`.
-
-        Raises:
-            ValueError: a positive rate that selects no image of a batch.
-        """
-        batch = min(recipe.batch, len(images))
-        check_batch("rate", self.rate, self.counts(batch)[0], batch)
-        trigger = self.trigger(images.shape, len(images.classes), seed).to(images.images.device)
-        recipe = recipe if self.decay else replace(recipe, schedule="constant")
-        return trigger, fit(model, images, recipe, seed=seed, step=WaNetStep(self, trigger), note="WaNet")
+    ) -> tuple[Trigger, list[dict[str, float]]]:
+        """Train `model` in place on clean `images`: see `bdlib.attacks.batches.train`."""
+        return train(self, WaNetStep, model, images, recipe, seed)
 
 
-class WaNetStep(Step):
+class WaNetStep(ShareStep):
     """The first images of a (shuffled) batch get the warp and the wanted label, the next ones a warp with noise."""
-
-    def __init__(self, attack: WaNet, trigger: Warp) -> None:
-        self.attack, self.trigger, self.before_augment = attack, trigger, attack.before_augment
 
     def change(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         n, k = self.attack.counts(len(labels))
