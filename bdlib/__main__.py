@@ -102,19 +102,20 @@ def _rows(scores: dict[str, Any]) -> dict[str, str]:
     return {names[k]: _percent(v) for k, v in scores.items() if k in names}
 
 
-def _poisoned(victim: Any) -> str:
-    if victim.trigger is not None and not len(victim.indices):
-        return "other ones in each batch"
-    return str(len(victim.indices))
+def _poisoned(attack: Any, victim: Any) -> str:
+    from bdlib.lab import Controlling
+
+    return "other ones in each batch" if isinstance(attack, Controlling) else str(len(victim.indices))
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a victim, or find it in the store, and score it."""
     lab = _lab(args)
-    victim = lab.victim(_attack(args, lab), seed=args.seed)
+    attack = _attack(args, lab)
+    victim = lab.victim(attack, seed=args.seed)
     scores = _scored(victim.model, lab, victim.trigger)
     record = {**victim.facts, **scores}
-    rows = {"attack": record["attack"], "poisoned images": _poisoned(victim), **_rows(scores),
+    rows = {"attack": record["attack"], "poisoned images": _poisoned(attack, victim), **_rows(scores),
             "trained in": f"{record['seconds']:.0f} s on {record['device']} ({record['dtype']})"}  # fmt: skip
     return {"record": record, "text": _show(f"victim: {lab.scale.network} on {lab.scale.dataset}", rows)}
 
@@ -204,8 +205,10 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "gallery":
         from bdlib import gallery
 
-        made = gallery.make(lab)
-        return {"record": {"made": made}, "text": f"gallery: {made} sheets made, {len(gallery.sheets())} there"}
+        made = 0 if args.list else gallery.make(lab)
+        stale = list(gallery.missing(lab))
+        text = f"gallery: {made} sheets made, missing or stale: {', '.join(stale) or 'none'}"
+        return {"record": {"made": made, "missing": stale}, "text": text}
     failed = 0 if args.list else benchmark.make(lab, only=args.only)
     rows: dict[str, list[int]] = {}
     for cell, _, record in benchmark.status(lab, only=args.only):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bdlib import files, provenance, store
+from bdlib import attacks, files, provenance, store
 from bdlib.lab import Controlling, Lab
 from bdlib.records import RESULTS
 
@@ -104,29 +104,37 @@ def _shown(lab: Lab) -> Tensor:
     return torch.stack([(lab.test.labels == k).nonzero()[1, 0] for k in others])
 
 
+def _key(attack: Any, lab: Lab) -> str:
+    code = provenance.fingerprint("bdlib.training", "bdlib.models", type(attack).__module__)
+    data = [part.fingerprint() for part in (lab.train, lab.test)]
+    return store.key(attack=repr(attack), data=data, scale=repr(lab.scale), code=code)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    # tensors, and what is known of each sheet by name; a damaged file counts as empty
+    try:
+        tensors, facts = files.read(path) or ({}, {"attacks": []})
+    except files.DamagedFile:
+        return {}, {}
+    return tensors, {row["name"]: row for row in facts["attacks"]}
+
+
+def missing(lab: Lab, path: Path = FILE) -> dict[str, Any]:
+    """The attacks, by name, whose sheets are missing or stale."""
+    _, rows = _read(path)
+    return {n: a for n, a in attacks.every(lab.target).items() if rows.get(n, {}).get("key") != _key(a, lab)}
+
+
 def make(lab: Lab, path: Path = FILE) -> int:
     """Make the sheets that are missing or stale, write after each. Returns how many were made."""
-    from bdlib.attacks import every
-
-    try:
-        found = files.read(path)
-    except files.DamagedFile:
-        found = None
-    tensors, facts = found or ({}, {"attacks": []})
-    old, made = {row["name"]: row for row in facts["attacks"]}, 0
+    todo, (tensors, rows) = missing(lab, path), _read(path)
     tensors["clean"] = lab.test[_shown(lab)].images.cpu()
-    todo = every(lab.target)
     for name, attack in tqdm(todo.items(), desc="gallery"):
-        code = provenance.fingerprint("bdlib.training", "bdlib.models", type(attack).__module__)
-        data = [part.fingerprint() for part in (lab.train, lab.test)]
-        key = store.key(attack=repr(attack), data=data, scale=repr(lab.scale), code=code)
-        if old.get(name, {}).get("key") == key:
-            continue
         pictures, numbers = sheet(attack, lab)
         tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{name}.")}
         tensors |= {f"{name}.{k}": v.cpu() for k, v in pictures.items()}
         numbers = {k: round(v, 3) for k, v in numbers.items()}
-        old[name] = {"name": name, "key": key, "attack": repr(attack), **numbers, **provenance.run_info(lab.device)}
-        files.write(path, tensors, {"attacks": [old[n] for n in todo if n in old]})
-        made += 1
-    return made
+        rows[name] = {"name": name, "key": _key(attack, lab), "attack": repr(attack), **numbers}
+        rows[name] |= provenance.run_info(lab.device)
+        files.write(path, tensors, {"attacks": [rows[n] for n in attacks.every() if n in rows]})
+    return len(todo)

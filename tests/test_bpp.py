@@ -9,7 +9,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdlib.attacks import bpp
+from bdlib.attacks import batches
 from bdlib.attacks.bpp import BPP, BPPStep, dither
 from bdlib.data.signs import signs
 from bdlib.metrics import evaluate
@@ -178,7 +178,7 @@ def test_paper_and_release_differ(monkeypatch):
     a, b = (p.trigger((3, 32, 32), 4)(x) for p in (paper, official))
     assert not torch.equal(a, b) and torch.equal(b, (x * 7).round() / 7)
     recipes = []
-    monkeypatch.setattr(bpp, "fit", lambda *a, **k: recipes.append(a[2]) or [])
+    monkeypatch.setattr(batches, "fit", lambda *a, **k: recipes.append(a[2]) or [])
     for preset in (paper, official):
         preset.train(toys.tiny(), DATA, toys.QUICK)
     assert recipes == [toys.QUICK, replace(toys.QUICK, schedule="constant")]

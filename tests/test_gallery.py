@@ -8,6 +8,7 @@ import toys
 
 from bdlib import attacks, files, gallery, speed
 from bdlib import data as datasets
+from bdlib.__main__ import main
 from bdlib.attacks import BadNets, WaNet
 from bdlib.data import Data
 from bdlib.lab import NETWORKS, Lab
@@ -76,13 +77,20 @@ def test_a_sheet_of_another_setting_or_of_a_damaged_file_is_made_again(lab, tmp_
 
 
 def test_the_committed_sheets_are_those_of_the_records():
-    there, known = gallery.sheets(), attacks.every(Lab("small", device="cpu").target)
-    assert list(there) == list(known)
+    lab = Lab("small", device="cpu")
+    there, known = gallery.sheets(), attacks.every(lab.target)
+    assert list(there) == list(known) and not gallery.missing(lab)
     for name, sheet in there.items():
         assert sheet.attack == repr(known[name]), name
         assert sheet.clean.shape == sheet.triggered.shape == (gallery.TEST, 3, 32, 32)
         assert not torch.equal(sheet.clean, sheet.triggered) and 10 < sheet.psnr < 70 and 0 < sheet.ssim <= 1
         assert (sheet.poisoned is None) == (not hasattr(known[name], "poison"))
+
+
+def test_listing_the_gallery_computes_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(gallery, "sheet", lambda attack, lab: pytest.fail("made"))
+    assert main(["bench", "gallery", "--list"]) == 0
+    assert "0 sheets made, missing or stale: none" in capsys.readouterr().out
 
 
 def test_the_speed_of_triggers_is_a_table(monkeypatch):

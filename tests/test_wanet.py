@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 
-from bdlib.attacks import wanet
+from bdlib.attacks import batches
 from bdlib.attacks.wanet import WaNet, WaNetStep
 from bdlib.data.signs import signs
 from bdlib.metrics import evaluate
@@ -58,7 +58,7 @@ def striped(n, seed=0):
 def seen_by_fit(monkeypatch, attack, recipe=toys.QUICK):
     """The recipe and the step with which `train` would train."""
     calls = []
-    monkeypatch.setattr(wanet, "fit", lambda *a, **k: calls.append((a[2], k["step"])) or [])
+    monkeypatch.setattr(batches, "fit", lambda *a, **k: calls.append((a[2], k["step"])) or [])
     attack.train(toys.tiny(), DATA, recipe)
     return calls[0]
 
