@@ -216,8 +216,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         there[record is None] += 1
     if failed:
         raise RuntimeError(f"{failed} cells failed; their records carry the error, the next call tries them again")
-    text = {k: f"{there} there, {missing} missing or stale" for k, (there, missing) in rows.items()}
-    return {"record": rows, "text": _show("records", text)}
+    lines = {k: f"{there} there, {missing} missing or stale" for k, (there, missing) in rows.items()}
+    return {"record": rows, "text": _show("records", lines)}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -206,16 +206,16 @@ def run(cell: Cell, lab: Lab) -> dict[str, Any]:
             masks = repair.details.get("masks")
             if masks and cell.experiment not in WITHOUT_ORACLE:
                 record["oracle"] = curve(victim.model, masks, grid(), lab.test, victim.trigger)
-    return _rounded(record) | provenance.run_info(lab.device)
+    return rounded(record) | provenance.run_info(lab.device)
 
 
-def _rounded(value: Any) -> Any:
-    """Four decimals are more than 2,000 test images can tell apart, and keep the files small."""
+def rounded(value: Any) -> Any:
+    """A record with its numbers cut to four decimals, more than 2,000 test images can tell apart."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def status(lab: Lab, folder: Path = RESULTS, only: str = "") -> Iterator[tuple[Cell, str, dict[str, Any] | None]]:
