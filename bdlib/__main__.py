@@ -15,44 +15,29 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bdlib import __version__, files
-
-ATTACKS = {  # of bdlib.attacks
-    "badnets": "BadNets", "blend": "Blend", "trojan": "TrojanNN", "trojan-patch": "TrojanPatch", "cl": "CL",
-    "sig": "SIG", "refool": "Refool", "input-aware": "InputAware", "dynamic": "InputAwareStatic", "wanet": "WaNet",
-    "lf": "LF", "ssba": "SSBA", "fc": "FC", "dfst": "DFST", "lira": "LIRA", "a-blend": "AdaptiveBlend",
-    "a-patch": "AdaptivePatch", "bpp": "BPP",
-}  # fmt: skip
-DEFENSES = {
-    "anp": "ANP", "rnp": "RNP", "mnp": "MNP", "npd": "NPD", "nad": "NAD", "ft": "FT", "ft-sam": "FTSAM", "fp": "FP",
-    "i-bau": "IBAU",
-}  # fmt: skip
+from bdlib import __version__, names
+from bdlib.commands import bench, options
 
 
 def _attack(args: argparse.Namespace, lab: Any) -> Any:
-    from bdlib import attacks
-
-    if args.attack == "none":
+    name = f"{args.attack}:{args.attack_preset}" if args.attack_preset else args.attack
+    attack = names.attack(name, lab)
+    if attack is None:
         return None
-    kind = getattr(attacks, ATTACKS[args.attack])
-    known = attacks.presets(kind)
-    name = args.attack_preset or ("small" if lab.scale.dataset == "signs" else "")
-    if args.attack_preset and name not in known:
-        raise ValueError(f"--attack-preset {name}: {args.attack} has {', '.join(known)}")
-    attack = known.get(name, kind)(lab.target if args.target is None else args.target)
-    given = {"rate": args.rate, "class_rate": args.class_rate, "mode": args.mode}
+    given = {"target": args.target, "rate": args.rate, "class_rate": args.class_rate, "mode": args.mode}
     return _changed(attack, {k: v for k, v in given.items() if v is not None}, args.attack)
 
 
-def _defense(args: argparse.Namespace) -> Any:
-    from bdlib import defenses
-
-    defense = getattr(getattr(defenses, DEFENSES[args.defense]), args.preset)()
+def _defense(args: argparse.Namespace, lab: Any) -> Any:
+    name = f"{args.defense}:{args.preset}" if args.preset else args.defense
+    defense = names.defence(name, lab.scale.network)
+    if defense is None:
+        raise ValueError(f"--defense none repairs nothing; name one of {', '.join(names.DEFENCES)}")
     given = {}
     for item in args.set or []:
-        name, _, text = item.partition("=")
+        field, _, text = item.partition("=")
         try:
-            given[name] = json.loads(text)
+            given[field] = json.loads(text)
         except json.JSONDecodeError:
             raise ValueError(f"--set {item}: {text!r} is neither a number nor true, false or null") from None
     return _changed(defense, given, args.defense)
@@ -138,7 +123,7 @@ def defend(args: argparse.Namespace) -> dict[str, Any]:
     from bdlib.provenance import fingerprint, run_info
 
     lab = _lab(args)
-    attack, defense = _attack(args, lab), _defense(args)
+    attack, defense = _attack(args, lab), _defense(args, lab)
     victim = lab.victim(attack, seed=args.seed)
     clean = lab.clean(count=args.clean, per_class=args.per_class, seed=args.seed)
     repair = defense(victim.model, clean, seed=args.seed)
@@ -186,40 +171,6 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
     return {"record": facts, "text": _show(args.name, {k: str(v) for k, v in facts.items() if k != "name"})}
 
 
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """Make the records of the book, or measure speed on this machine."""
-    from bdlib import bench as benchmark
-    from bdlib.lab import Lab
-
-    if args.what == "speed":
-        from bdlib import speed
-
-        result = speed.measure()
-        return {"record": result, "text": speed.report(result)}
-    if args.what == "poison":
-        from bdlib import speed
-
-        result = speed.poisoning()
-        return {"record": result, "text": speed.report_poisoning(result)}
-    lab = Lab("small", device="cpu")
-    if args.what == "gallery":
-        from bdlib import gallery
-
-        made = 0 if args.list else gallery.make(lab)
-        stale = list(gallery.missing(lab))
-        text = f"gallery: {made} sheets made, missing or stale: {', '.join(stale) or 'none'}"
-        return {"record": {"made": made, "missing": stale}, "text": text}
-    failed = 0 if args.list else benchmark.make(lab, only=args.only)
-    rows: dict[str, list[int]] = {}
-    for cell, _, record in benchmark.status(lab, only=args.only):
-        there = rows.setdefault(cell.experiment, [0, 0])
-        there[record is None] += 1
-    if failed:
-        raise RuntimeError(f"{failed} cells failed; their records carry the error, the next call tries them again")
-    lines = {k: f"{there} there, {missing} missing or stale" for k, (there, missing) in rows.items()}
-    return {"record": rows, "text": _show("records", lines)}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bdlib", description="Backdoor attacks and defences on small images.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -234,10 +185,12 @@ def _parser() -> argparse.ArgumentParser:
 
     for function in (train, evaluate, defend):
         sub = command(function)
-        sub.add_argument("--attack", choices=(*ATTACKS, "none"), default="badnets")
-        sub.add_argument("--attack-preset", metavar="NAME", help="settings of the attack: paper, official, or one "
-                         "of its own (default: small on signs where the attack has it, else the defaults)")  # fmt: skip
-        sub.add_argument("--rate", type=float, help="poison rate, share of all training images (default 0.1)")
+        sub.add_argument("--attack", metavar="NAME", default="badnets", help=f"{', '.join(names.ATTACKS)} or none; "
+                         "a preset may follow, wanet:official (default badnets)")  # fmt: skip
+        sub.add_argument("--attack-preset", metavar="NAME", help="settings of the attack: paper, official, or one of "
+                         "its own (default: paper on real data; small on signs and digits, where the attack has it, "
+                         "else its defaults)")  # fmt: skip
+        sub.add_argument("--rate", type=float, help="poison rate, share of all training images (default: the preset's)")
         sub.add_argument("--class-rate", type=float, help="of clean-label attacks: share of the target class")
         sub.add_argument("--target", type=int, help="target label (default: the book's choice for the data set)")
         sub.add_argument("--mode", choices=("all-to-one", "all-to-all"), help="label map (default all-to-one)")
@@ -251,8 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--lr", type=float, help="override the scale's peak learning rate")
         sub.add_argument("--record", metavar="FILE", help="also append the record to this JSON Lines file")
         if function is defend:
-            sub.add_argument("--defense", "--defence", choices=DEFENSES, default="anp")
-            sub.add_argument("--preset", choices=("paper", "official", "small"), default="small")
+            known = ", ".join(names.DEFENCES)
+            sub.add_argument("--defense", "--defence", metavar="NAME", default="anp",
+                             help=f"{known}; a preset may follow, anp:official (default anp)")  # fmt: skip
+            sub.add_argument("--preset", choices=names.PRESETS, help="settings of the defence (default: small for the "
+                             "small network, else paper)")  # fmt: skip
             sub.add_argument("--set", action="append", metavar="FIELD=VALUE", help="override a field of the defence")
             budget = sub.add_mutually_exclusive_group()
             budget.add_argument("--clean", type=int, help="number of clean images (default: the scale's)")
@@ -261,15 +217,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("action", choices=("list", "fetch", "preview"))
     sub.add_argument("name", nargs="?", help="data set, for fetch and preview")
     sub.add_argument("-o", "--output", default="preview.png", help="picture written by preview")
-    sub = command(bench)
-    sub.add_argument("what", choices=("records", "gallery", "speed", "poison"))
-    sub.add_argument("--list", action="store_true", help="say what is there; compute nothing")
-    sub.add_argument("--only", default="", metavar="TEXT", help="experiments whose name contains this")
+    options(command(bench))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command. Returns the exit status: 0, 1 for cells that failed, 2 for bad input, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -281,11 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; what was stored before is intact", file=sys.stderr)
         return 130
     if getattr(args, "record", None):
+        from bdlib import files
+
         path = Path(args.record)
         lines = path.read_text(encoding="utf-8") if path.exists() else ""
         files.write_bytes(path, f"{lines}{json.dumps({'command': args.command, **result['record']})}\n".encode())
     print(json.dumps(result["record"], indent=2) if args.json else result["text"])
-    return 0
+    return result.get("status", 0)
 
 
 if __name__ == "__main__":

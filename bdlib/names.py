@@ -97,12 +97,12 @@ def budget(text: str, images: int) -> dict[str, int]:
     Raises:
         ValueError: anything else, or less than one image.
     """
-    number = text.removesuffix("/class").removesuffix("%")
+    share, each = text.endswith("%"), text.endswith("/class")
     try:
-        value = float(number) if text.endswith("%") else int(number)
+        value = float(text[:-1]) if share else int(text.removesuffix("/class"))
     except ValueError:
         value = 0
-    count = round(images * value / 100) if text.endswith("%") else int(value)
-    if count < 1 or (text.endswith("%") and value > 100):
+    count = int(value) if not share else round(images * value / 100) if 0 < value <= 100 else 0
+    if count < 1:
         raise ValueError(f'clean must be a number of images ("500"), a share ("5%") or "10/class", got {text!r}')
-    return {"per_class" if text.endswith("/class") else "count": count}
+    return {"per_class" if each else "count": count}
