@@ -2,7 +2,7 @@
 
 ``{seconds}`02-anp` `` in a page becomes the seconds that the chapter took in the last `make execute`, from
 book/results/notebook_seconds.json, and ``{reading}`02-anp` `` the minutes that its words and code take to read: the
-heads of the chapters never type them.
+heads of the chapters never type them. ``{full-scale}`` and ``{record-files}`` stand for tables, see `recordext`.
 
 Code in a docstring needs no double colon of reStructuredText, so docstrings stay readable in a terminal.
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from recordext import FullScale, RecordFiles
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 
@@ -28,6 +29,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_role("seconds", seconds)
     app.add_role("reading", reading)
+    app.add_directive("full-scale", FullScale)
+    app.add_directive("record-files", RecordFiles)
     app.connect("autodoc-process-docstring", mark_code, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-skip-member", skip_fields)
