@@ -8,11 +8,12 @@ nothing stale is served, and what one matrix has computed another finds.
 """
 
 import json
+import os
 import platform
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -52,7 +53,7 @@ def lab_of(cell: Cell, *, device: str = "", verify: bool = True) -> Lab:
     Raises:
         ValueError: a GPU was asked for and there is none; says what was found.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or os.environ.get("BDLIB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(f"device {device!r} was asked for; torch {torch.__version__} ({built}) finds no GPU here")
@@ -84,9 +85,9 @@ def halving(evaluation: Callable[[int], Any], batch: int = 5000) -> Any:
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise
-            batch = batch // 2
-            torch.cuda.empty_cache()
-            warnings.warn(f"out of GPU memory: evaluating in batches of {batch} instead", stacklevel=2)
+        batch = batch // 2  # out of the handler, whose traceback keeps what did not fit
+        torch.cuda.empty_cache()
+        warnings.warn(f"out of GPU memory: evaluating in batches of {batch} instead", stacklevel=2)
 
 
 def scores(model: nn.Module, test: ImageSet, trigger: Trigger | None) -> dict[str, float]:
@@ -110,14 +111,14 @@ def _quick() -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def _peak_mb(lab: Lab) -> float:
+def _peak_mb(lab: Lab) -> float | None:
     # of the GPU since the cell began; on a processor of this process since it began
     if torch.device(lab.device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        return None
     unit = 2**20 if platform.system() == "Darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -156,17 +157,18 @@ def run(cell: Cell, *, device: str = "", verify: bool = True) -> dict[str, Any]:
     return rounded(record) | provenance.run_info(lab.device)
 
 
-def safely(cell: Cell, *, device: str = "", verify: bool = True, after: Any = None) -> dict[str, Any]:
-    """`run`, but an error becomes the record: one bad cell must not cost the others.
+def failed(cell: Cell, error: BaseException) -> dict[str, Any]:
+    """The record of a cell that could not be computed."""
+    trace = "".join(traceback.format_exception(error, limit=-3))
+    return {**asdict(cell), "error": f"{type(error).__name__}: {error}", "traceback": trace}
 
-    Args:
-        after: ignored; lets an engine that spreads cells wait for another one's result.
-    """
+
+def safely(cell: Cell, *, device: str = "", verify: bool = True) -> dict[str, Any]:
+    """`run`, but an error becomes the record: one bad cell must not cost the others."""
     try:
         return run(cell, device=device, verify=verify)
     except Exception as error:
-        trace = traceback.format_exc(limit=3)
-        return {**asdict(cell), "error": f"{type(error).__name__}: {error}", "traceback": trace}
+        return failed(cell, error)
 
 
 def _path(key: str) -> Path:
@@ -231,9 +233,13 @@ def make(
         if show is not None:
             show(cell, done[cell])
     results = engine(todo) if engine else ((c, safely(c, device=device, verify=verify)) for c in todo)
-    for cell, record in tqdm(results, total=len(todo), desc="cells", disable=None if todo else True):
-        save(found[cell][0], record)
-        done[cell] = record
-        if show is not None:
-            show(cell, record)
+    try:
+        for cell, record in tqdm(results, total=len(todo), desc="cells", disable=None if todo else True):
+            save(found[cell][0], record)
+            done[cell] = record
+            if show is not None:
+                show(cell, record)
+    finally:
+        if isinstance(results, Generator):
+            results.close()  # Ctrl-C: a cluster must not outlive it, whoever holds the traceback
     return [done[c] for c in cells]

@@ -16,6 +16,7 @@ from pathlib import Path
 from bdlib import data as datasets
 from bdlib import names
 from bdlib.lab import NETWORKS, Lab
+from bdlib.training import Recipe
 
 ALL_ATTACKS, ALL_DEFENCES = tuple(names.ATTACKS), ("none", *names.DEFENCES)
 
@@ -94,6 +95,8 @@ class Matrix:
         for rate in self.rates:
             if not 0 <= rate <= 1:
                 raise ValueError(f"rates must be in [0, 1], got {rate}")
+        recipe = {"epochs": self.epochs, "batch": self.batch, "lr": self.lr}
+        Recipe(**({"epochs": 1} | {k: v for k, v in recipe.items() if v is not None}))  # type: ignore[arg-type]
 
     def cells(self) -> list[Cell]:
         """All cells, those of one victim together, the victim itself first."""
@@ -120,21 +123,21 @@ class Matrix:
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not TOML: {error}") from None
         known = {f.name: f for f in fields(cls)}
-        whole, number = (int,), (int, float)
-        kind: dict[str, tuple[type, ...]] = {"seeds": whole, "epochs": whole, "batch": whole, "curves": (bool,)}
-        kind |= {"rates": number, "lr": number}
+        kind: dict[str, tuple[type, ...]] = dict.fromkeys(("seeds", "epochs", "batch"), (int,))
+        kind |= {"rates": (int, float), "lr": (int, float), "curves": (bool,), "clean": (str, int)}
         for key, value in found.items():
-            here = re.compile(rf"\s*\[*\"?{re.escape(key)}\b")
+            here = re.compile(rf"\s*\[*\s*[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
             line = next((n for n, t in enumerate(text.splitlines(), 1) if here.match(t)), 0)
             if key not in known:
                 raise ValueError(f"{path}, line {line}: unknown key {key!r}; known are {', '.join(known)}")
             if isinstance(known[key].default, tuple):
                 if not isinstance(value, list):
                     raise ValueError(f"{path}, line {line}: {key} must be a list, got {value!r}")
-                found[key] = tuple(str(v) if key == "clean" else v for v in value)
-            for v in found[key] if isinstance(found[key], tuple) else (found[key],):
-                if not isinstance(v, kind.get(key, (str,))):
+            for v in value if isinstance(known[key].default, tuple) else (value,):
+                if type(v) not in kind.get(key, (str,)):  # exactly: True is an int too
                     raise ValueError(f"{path}, line {line}: {key} cannot hold {v!r}")
+            if isinstance(value, list):  # 1 and 1.0 are one rate, and one cell
+                found[key] = tuple({"clean": str, "rates": float}.get(key, lambda v: v)(v) for v in value)
         try:
             return cls(**found)
         except ValueError as error:
@@ -145,6 +148,8 @@ PRESETS = {
     "smoke": Matrix(("digits",), ("small",), ("badnets", "blend"), defences=("none", "ft", "rnp"),
                     clean=("20/class",), epochs=4),
     "cpu": Matrix(networks=("small",), attacks=("none", "badnets", "blend"), epochs=8, batch=128, lr=0.1),
+    "cpu-attacks": Matrix(networks=("small",), attacks=("badnets:official", "wanet", "wanet:small", "refool",
+                          "input-aware:small", "dynamic:small"), defences=("none", "anp"), epochs=8, batch=128, lr=0.1),
     "chapter": Matrix(curves=True),
     "paper": Matrix(attacks=("none", *ALL_ATTACKS), rates=(0.1,), clean=("5%",)),
     "gtsrb": Matrix(("gtsrb",), attacks=("none", "badnets", "blend", "sig", "input-aware", "wanet", "bpp"),
