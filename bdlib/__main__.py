@@ -6,6 +6,7 @@ python -m bdlib data list
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -239,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = Path(args.record)
         lines = path.read_text(encoding="utf-8") if path.exists() else ""
         files.write_bytes(path, f"{lines}{json.dumps({'command': args.command, **result['record']})}\n".encode())
-    print(json.dumps(result["record"], indent=2) if args.json else result["text"])
+    with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
+        print(json.dumps(result["record"], indent=2) if args.json else result["text"], flush=True)
     return result.get("status", 0)
 
 

@@ -234,7 +234,7 @@ def make(
             show(cell, done[cell])
     results = engine(todo) if engine else ((c, safely(c, device=device, verify=verify)) for c in todo)
     try:
-        for cell, record in tqdm(results, total=len(todo), desc="cells", disable=None if todo else True):
+        for cell, record in tqdm(results, total=len(todo), desc="cells", leave=False):
             save(found[cell][0], record)
             done[cell] = record
             if show is not None:
