@@ -37,14 +37,17 @@ def test_published_rows_of_the_same_data_attack_and_method_stand_below(published
     assert len(quoted) == len(wanted) == 2
     for line, p in zip(quoted, wanted, strict=True):
         assert f"| {p['acc']} |" in line and f"| {p['asr']} |" in line and p["cite"] in line
+        assert "| 2,500 |" in line and p["clean_budget"] == "5 % of the training set (2,500 images)"
+    assert len({line.count("|") for line in lines}) == 1
     assert not recordext.published_rows(CELL | {"dataset": "signs"}, published)
     assert not recordext.published_rows(CELL | {"defence": "mnp"}, published)
 
 
 def test_victims_show_no_repair(published):
     line = recordext.table([VICTIM, VICTIM | {"attack": "none", "before": {"acc": 0.9}}], published, "")
-    assert "| CIFAR-10, the small network | BadNets |  | 80.0 |  | 100.0 |  | 99 |" in line
-    assert "| CIFAR-10, the small network | clean training |  | 90.0 |  |  |  | 99 |" in line
+    assert "| CIFAR-10, the small network | BadNets | 80.0 | 100.0 | 99 |" in line
+    assert "| CIFAR-10, the small network | clean training | 90.0 |  | 99 |" in line
+    assert len({text.count("|") for text in line}) == 1  # published rows have as many columns
 
 
 def test_records_of_a_gpu_come_first_and_are_known_by_the_device(tmp_path):

@@ -13,6 +13,7 @@ was made on a GPU it says so.
 """
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -65,35 +66,43 @@ def table(rows: list[Record], published: list[Record], defence: str) -> list[str
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for r in rows:
         groups[r["dataset"], r["network"], r["attack"], r["rate"], r["defence"], r["clean"], r["device"]].append(r)
-    head = (
-        "data, network",
-        "attack",
-        "clean images",
-        "ACC before, %",
-        "ACC after",
-        "ASR before, %",
-        "ASR after",
-        "seconds",
-    )
-    lines, quoted = [_line(*head), "|---|---|---|---|---|---|---|---|"], set()
+    if defence:
+        head = [
+            "data, network",
+            "attack",
+            "clean images",
+            "ACC before, %",
+            "after",
+            "ASR before, %",
+            "after",
+            "seconds",
+        ]
+    else:
+        head = ["data, network", "attack", "ACC, %", "ASR, %", "seconds of training"]
+    lines, quoted = [_line(*head), _line(*["---"] * len(head))], set()
     for (dataset, network, attack, *_), found in groups.items():
         method = attack.partition(":")[0]
         title = ATTACKS.get(method, "clean training") + attack[len(method) :].replace(":", ", ")
         scores = [
             _percent(mean(r[part][key] for r in found)) if all(key in r.get(part, {}) for r in found) else ""
-            for key in ("acc", "asr") for part in ("before", "after")
+            for key in ("acc", "asr") for part in (("before", "after") if defence else ("before",))
         ]  # fmt: skip
         data = f"{others.DATASETS.get(dataset, dataset)}, {others.NETWORKS.get(network, f'the {network} network')}"
         seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
-        took = mean(r["seconds" if defence else "train_seconds"] for r in found)
-        lines.append(_line(data + seeds, title, found[0].get("clean_images", ""), *scores, f"{took:.0f}"))
+        took = f"{mean(r['seconds' if defence else 'train_seconds'] for r in found):.0f}"
+        lines.append(_line(data + seeds, title, *([found[0]["clean_images"]] if defence else []), *scores, took))
         for p in published_rows(found[0], published):
             if p["id"] not in quoted:
                 quoted.add(p["id"])
-                budget = "2,500" if defence else ""
-                before = ("", p["acc"], "", p["asr"]) if defence else (p["acc"], "", p["asr"], "")
-                lines.append(_line(f"*{p['network']}* {{cite:p}}`{p['cite']}`", title, budget, *before, ""))
+                theirs = [_budget(p), "", p["acc"], "", p["asr"]] if defence else [p["acc"], p["asr"]]
+                lines.append(_line(f"*{p['network']}* {{cite:p}}`{p['cite']}`", title, *theirs, ""))
     return lines
+
+
+def _budget(published: Record) -> str:
+    said = published["clean_budget"] or ""
+    count = re.search(r"([\d,]+) images", said)
+    return count[1] if count else said
 
 
 def remarks(rows: list[Record]) -> str:
@@ -128,15 +137,11 @@ class FullScale(SphinxDirective):
             and (defence or attack in (r["attack"].partition(":")[0], "all"))
         ]  # fmt: skip
         preset = (
-            f"--preset chapter --defences none,{defence}"
-            if defence
-            else "--preset paper" + f" --attacks {attack}" * (attack != "all")
+            f"chapter --defences none,{defence}" if defence else "paper" + f" --attacks {attack}" * (attack != "all")
         )
-        lines = []
+        command, lines = f"`python -m bdlib bench --preset {preset}`", []
         if not any(map(on_gpu, rows)):
-            lines = [
-                f"No run on a GPU with the paper's network is on record yet; `python -m bdlib bench {preset}` makes it."
-            ]
+            lines = [f"No run on a GPU with the paper's network is on record yet; {command} makes it."]
             lines += ["What there is comes from a processor.", ""] if rows else [""]
         if rows:
             lines += [*table(rows, json.loads((base / "published.json").read_text()), defence), "", remarks(rows)]
@@ -149,10 +154,8 @@ class RecordFiles(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Nodes of the table."""
         base = Path(self.env.srcdir) / RESULTS
-        lines = [
-            _line("file", "records", "seeds", "made on", "until", "CPU minutes", "command"),
-            "|---|---|---|---|---|---|---|",
-        ]
+        head = ["file", "records", "seeds", "made on", "until", "CPU minutes", "command"]
+        lines = [_line(*head), _line(*["---"] * len(head))]
         for path in [*sorted((base / "small").glob("*.json")), *sorted((base / "full").glob("*.jsonl"))]:
             self.env.note_dependency(str(path))
             text = path.read_text()
