@@ -9,7 +9,7 @@
 lists every record of book/results/full that repairs with this defence (or, with ``:attack: wanet``, the victims of this
 attack; ``all`` stands for every one), beside the published rows for the same data set, attack and method. Where none
 was made on a GPU it says so.
-``{record-files}`` lists the files of records: what each holds, where and when it was made, and the command.
+``{record-files}`` lists the files of records: what each holds, where and when it was made, and its CPU time.
 """
 
 import json
@@ -149,24 +149,23 @@ class FullScale(SphinxDirective):
 
 
 class RecordFiles(SphinxDirective):
-    """Every file of records: its cells, seeds, device, date, CPU time and command."""
+    """Every file of records: its cells, seeds, device, date and CPU time."""
 
     def run(self) -> list[nodes.Node]:
         """Nodes of the table."""
         base = Path(self.env.srcdir) / RESULTS
-        head = ["file", "records", "seeds", "made on", "until", "CPU minutes", "command"]
+        head = ["file", "records", "seeds", "made on", "until", "CPU minutes"]
         lines = [_line(*head), _line(*["---"] * len(head))]
         for path in [*sorted((base / "small").glob("*.json")), *sorted((base / "full").glob("*.jsonl"))]:
             self.env.note_dependency(str(path))
             text = path.read_text()
             rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-            own = f"bench records --only {path.stem}" if path.suffix == ".json" else f"bench --preset {path.stem}"
             spent = sum(r.get("cpu_seconds", 0) for r in rows) / 60
             seeds = ", ".join(map(str, sorted({r["seed"] for r in rows})))
             devices = "; ".join(dict.fromkeys(r["device"] for r in rows))
             name = f"`{path.parent.name}/{path.name}`"
             last = max(r["date"] for r in rows)
-            lines.append(_line(name, len(rows), seeds, devices, last, f"{spent:.0f}", f"`python -m bdlib {own}`"))
+            lines.append(_line(name, len(rows), seeds, devices, last, f"{spent:.0f}"))
         return parsed(self, lines)
 
 
