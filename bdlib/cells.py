@@ -70,7 +70,7 @@ def key_of(cell: Cell, lab: Lab) -> str:
     attack, defence = names.attack(cell.attack, lab, rate=cell.rate), names.defence(cell.defence, cell.network)
     modules = [type(m).__module__ for m in (attack, defence) if m is not None]
     code = provenance.fingerprint("bdlib.metrics", "bdlib.training", "bdlib.models", *modules)
-    dtype = provenance.run_info(lab.device)["dtype"]
+    dtype = str(provenance.amp_dtype(lab.device) or torch.float32).removeprefix("torch.")
     return store.key(
         cell=asdict(cell), attack=repr(attack), defence=repr(defence), scale=repr(lab.scale), data=_fingerprints(lab),
         held_out=HELD_OUT, code=code, device_type=torch.device(lab.device).type, dtype=dtype,
