@@ -50,6 +50,12 @@ def test_victims_show_no_repair(published):
     assert len({text.count("|") for text in line}) == 1  # published rows have as many columns
 
 
+def test_attacks_stand_in_their_order_and_published_rows_below_the_usual_setting(published):
+    rows = [VICTIM | {"attack": a} for a in ("blend", "badnets:official", "badnets")]
+    titles = [line.split(" | ")[1] for line in recordext.table(rows, published, "")[2:]]
+    assert titles == ["BadNets"] * 3 + ["BadNets, official"] + ["Blend"] * 3
+
+
 def test_records_of_a_gpu_come_first_and_are_known_by_the_device(tmp_path):
     gpu = CELL | {"device": "NVIDIA H200"}
     (tmp_path / "a.jsonl").write_text(json.dumps(CELL) + "\n")

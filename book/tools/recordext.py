@@ -64,7 +64,8 @@ def _line(*entries: object) -> str:
 def table(rows: list[Record], published: list[Record], defence: str) -> list[str]:
     """A Markdown table: each setting once with the mean over its seeds, the published rows below their attack's."""
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for r in rows:
+    known = ["none", *ATTACKS]  # the order of the attacks, each in its usual setting first
+    for r in sorted(rows, key=lambda r: (not on_gpu(r), known.index(r["attack"].partition(":")[0]), r["attack"])):
         groups[r["dataset"], r["network"], r["attack"], r["rate"], r["defence"], r["clean"], r["device"]].append(r)
     if defence:
         head = [
@@ -95,7 +96,7 @@ def table(rows: list[Record], published: list[Record], defence: str) -> list[str
             if p["id"] not in quoted:
                 quoted.add(p["id"])
                 theirs = [_budget(p), "", p["acc"], "", p["asr"]] if defence else [p["acc"], p["asr"]]
-                lines.append(_line(f"*{p['network']}* {{cite:p}}`{p['cite']}`", title, *theirs, ""))
+                lines.append(_line(f"*{p['network']}* {{cite:p}}`{p['cite']}`", ATTACKS[method], *theirs, ""))
     return lines
 
 
