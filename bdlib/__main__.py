@@ -76,11 +76,9 @@ def _show(title: str, rows: dict[str, Any]) -> str:
 
 
 def _scored(model: Any, lab: Any, trigger: Any) -> dict[str, Any]:
-    from bdlib.metrics import accuracy, evaluate
+    from bdlib.cells import scores
 
-    if trigger is None:
-        return {"acc": accuracy(model, lab.test)}
-    return evaluate(model, lab.test, trigger).asdict()
+    return scores(model, lab.test, trigger)
 
 
 def _rows(scores: dict[str, Any]) -> dict[str, str]:

@@ -8,8 +8,6 @@ nothing stale is served, and what one matrix has computed another finds.
 """
 
 import json
-import os
-import platform
 import time
 import traceback
 import warnings
@@ -29,6 +27,7 @@ from bdlib import files, names, provenance, store
 from bdlib.bench import rounded
 from bdlib.data.imageset import ImageSet
 from bdlib.lab import HELD_OUT, SCALES, Lab
+from bdlib.machine import device_of, peak_bytes
 from bdlib.matrix import Cell
 from bdlib.metrics import Scores, accuracy, der, evaluate
 from bdlib.neurons import curve, grid
@@ -48,16 +47,8 @@ def _lab(dataset: str, network: str, recipe: tuple[Any, ...], device: str, verif
 
 
 def lab_of(cell: Cell, *, device: str = "", verify: bool = True) -> Lab:
-    """Data, network and recipe of a cell.
-
-    Raises:
-        ValueError: a GPU was asked for and there is none; says what was found.
-    """
-    device = device or os.environ.get("BDLIB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise ValueError(f"device {device!r} was asked for; torch {torch.__version__} ({built}) finds no GPU here")
-    return _lab(cell.dataset, cell.network, (cell.epochs, cell.batch, cell.lr), device, verify)
+    """Data, network and recipe of a cell. Raises ValueError as `bdlib.machine.device_of`."""
+    return _lab(cell.dataset, cell.network, (cell.epochs, cell.batch, cell.lr), device_of(device), verify)
 
 
 @lru_cache(maxsize=8)
@@ -111,18 +102,6 @@ def _quick() -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def _peak_mb(lab: Lab) -> float | None:
-    # of the GPU since the cell began; on a processor of this process since it began
-    if torch.device(lab.device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 2**20 if platform.system() == "Darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def run(cell: Cell, *, device: str = "", verify: bool = True) -> dict[str, Any]:
     """Compute one cell: train its victim or find it in the store, repair it, score both.
 
@@ -153,7 +132,8 @@ def run(cell: Cell, *, device: str = "", verify: bool = True) -> dict[str, Any]:
                 record["der"] = der(Scores(**record["before"]), Scores(**record["after"]))
                 if cell.curves and "masks" in repair.details:
                     record["oracle"] = curve(victim.model, repair.details["masks"], grid(), lab.test, victim.trigger)
-    record |= {"peak_mb": _peak_mb(lab), "notes": list(lab.train.notes)}
+    peak = peak_bytes(lab.device)
+    record |= {"peak_mb": peak and peak / 2**20, "notes": list(lab.train.notes)}
     return rounded(record) | provenance.run_info(lab.device)
 
 
@@ -227,11 +207,11 @@ def make(
         The records of all cells, in their order; those that failed carry "error".
     """
     found = {cell: (key, record) for cell, key, record in status(cells, device=device, verify=verify)}
-    todo = [c for c, (_, record) in found.items() if record is None or "error" in record]
     done = {c: record for c, (_, record) in found.items() if record is not None and "error" not in record}
-    for cell in done:
+    todo = [c for c in found if c not in done]
+    for cell, record in done.items():
         if show is not None:
-            show(cell, done[cell])
+            show(cell, record)
     results = engine(todo) if engine else ((c, safely(c, device=device, verify=verify)) for c in todo)
     try:
         for cell, record in tqdm(results, total=len(todo), desc="cells", leave=False):

@@ -7,7 +7,6 @@ python -m bdlib bench export --preset paper        # compact records for the boo
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,7 +82,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         name += f"-{re.sub('[^A-Za-z0-9]+', '-', args.only).strip('-')}"
     if args.dry_run:
         return _dry_run(cells)
-    device = args.device or os.environ.get("BDLIB_DEVICE", "")
+    device = args.device or ""
     if args.list:
         return _list(_status(cells, device, args.verify))
     return {"matrix": _run, "export": _export, "compare": _compare}[args.what](name, cells, device, args)
@@ -223,7 +222,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from bdlib import files, speed
 
     if args.what == "speed":
-        result = speed.measure(args.device or os.environ.get("BDLIB_DEVICE") or None)
+        result = speed.measure(args.device)
         path = args.output or files.store_folder() / "bench" / "speed.json"
         files.write_bytes(path, f"{json.dumps(result, indent=1)}\n".encode())
         return {"record": result, "text": f"{speed.report(result)}\nrecord: {path}"}

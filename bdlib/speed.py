@@ -5,9 +5,7 @@ python -m bdlib bench poison        # every trigger over a training set
 """
 
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +27,7 @@ from bdlib.defenses.npd import NPD
 from bdlib.defenses.rnp import RNP, Ascent
 from bdlib.flops import STAGES, flops, stage_flops
 from bdlib.lab import HELD_OUT, NETWORKS, SCALES, Lab
+from bdlib.machine import device_of, peak_bytes
 from bdlib.metrics import accuracy, evaluate, triggered_images
 from bdlib.neurons import clean_curve, curve, grid
 from bdlib.training import Recipe, augment, fit
@@ -190,7 +189,7 @@ def measure(device: str | None = None, *, quick: bool = False, sections: Sequenc
     Run it on an idle machine: except for augmentation, which is compared by process time, the clock is on the wall.
 
     Args:
-        device: "cpu" or "cuda"; by default the GPU if there is one.
+        device: "cpu" or "cuda"; by default see `bdlib.machine.device_of`.
         quick: see `setting`.
         sections: any of `SECTIONS`.
 
@@ -202,25 +201,20 @@ def measure(device: str | None = None, *, quick: bool = False, sections: Sequenc
     Raises:
         ValueError: an unknown section; a device that is not there.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if unknown := [s for s in sections if s not in SECTIONS]:
         raise ValueError(f"section must be one of {', '.join(SECTIONS)}, got {unknown[0]!r}")
-    gpu = torch.device(device).type == "cuda"
-    if gpu and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, and torch {torch.__version__} finds no GPU; use cpu")
+    device = device_of(device or "")
     start, s, info = time.perf_counter(), setting(device, quick), provenance.run_info(device)
     types = {torch.float32, provenance.amp_dtype(device) or torch.float32}
     rates = {str(t).removeprefix("torch."): matmul_rate(device, t) for t in sorted(types, key=str)}
-    if gpu:
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parts = {"augment": _augment, "epoch": _epoch, "networks": _networks, "evaluation": _evaluation,
              "defences": _defences}  # fmt: skip
     result: Result = {"quick": quick, "matmul": rates}
     for name in tqdm([n for n in SECTIONS if n in sections], desc="speed", leave=False):
         result[name] = parts[name](s, rates[info["dtype"]])
-    kilo = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
-    peak = torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
-    return {**result, "peak_bytes": peak, "seconds": time.perf_counter() - start, **info}
+    return {**result, "peak_bytes": peak_bytes(device), "seconds": time.perf_counter() - start, **info}
 
 
 def _augment(s: Setting, rate: float) -> Result:
@@ -383,4 +377,5 @@ def report(result: Result) -> str:
     if victim := result.get("defences", {}).get("victim"):
         whole = sum(victim.values()) + sum(r["seconds"] for k, r in result["defences"].items() if k != "victim")
         lines.append(f"  one attack ({sum(victim.values()):.1f} s) and all defences: {whole:.1f} s")
-    return "\n".join([*lines, f"  peak memory {result['peak_bytes'] / 1e9:.2f} GB, {result['seconds']:.0f} s in all"])
+    memory = f"peak memory {peak / 1e9:.2f} GB, " if (peak := result["peak_bytes"]) else ""
+    return "\n".join([*lines, f"  {memory}{result['seconds']:.0f} s in all"])

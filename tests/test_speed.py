@@ -179,7 +179,7 @@ def test_what_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"section must be one of augment, .*, got 'training'"):
         speed.measure("cpu", sections=["augment", "training"])
-    with pytest.raises(ValueError, match=r"device 'cuda' was asked for, and torch .* finds no GPU"):
+    with pytest.raises(ValueError, match=r"device 'cuda' was asked for; torch .* finds no GPU"):
         speed.measure("cuda")
 
 
