@@ -43,14 +43,9 @@ def on_gpu(record: Record) -> bool:
 
 
 def published_rows(record: Record, published: list[Record]) -> list[Record]:
-    """What others report for the same data set, attack and method."""
-    attack, defence = record["attack"].partition(":")[0], record["defence"].partition(":")[0]
-    return [
-        p for p in published
-        if p["dataset"] == others.DATASETS.get(record["dataset"]) and p["attack"] in others.ATTACKS.get(attack, ())
-        and p["method"] == others.METHODS.get(defence) and p["id"].startswith(("leaderboard", "ftsam"))
-        and p["acc"] is not None and p["asr"] is not None and p["poison_rate"] == 10
-    ]  # fmt: skip
+    """What the two tables that hold several methods report for the same data set, attack and method, 10 % poisoned."""
+    (found,) = others.compare([record], published)
+    return [p for p in found["published"] if p["id"].startswith(("leaderboard", "ftsam")) and p["poison_rate"] == 10]
 
 
 def _percent(value: float | None) -> str:
