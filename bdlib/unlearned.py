@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bdlib.data.imageset import ImageSet
-from bdlib.defenses.base import seeded
 from bdlib.training import evaluating, predict
 
 
@@ -68,7 +67,7 @@ def recover_trigger(
         The mask ``(1, H, W)`` and the pattern ``(C, H, W)``, in [0, 1].
     """
     device = images.images.device
-    generator = seeded(device, seed)
+    generator = torch.Generator(device).manual_seed(seed)
     C, H, W = images.shape
     mask = torch.rand(1, H, W, generator=generator, device=device).requires_grad_()
     pattern = torch.rand(C, H, W, generator=generator, device=device).requires_grad_()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,19 @@ def test_the_backdoor_outlives_the_clean_images_and_goes_when_its_neurons_go():
     assert after.asr < 0.1 and after.acc > before.acc - 0.03
 
 
+@pytest.mark.parametrize("attacked", [True, False])
+def test_a_network_is_pruned_only_if_it_names_one_class_once_it_has_forgotten(attacked):
+    net, quick = toys.trained(poisoned=attacked), replace(QUICK, threshold=1.0)  # all neurons
+    always, asked = quick(net, toys.clean()), replace(quick, suspect=RNP.small().suspect)(net, toys.clean())
+    share = unlearned.class_shares(always.details["unlearned"], toys.clean().images).max()
+    assert asked.details["share"] == pytest.approx(float(share)) and (float(share) >= 0.4) is attacked
+    assert always.details["pruned"] > 0
+    assert asked.details["pruned"] == (always.details["pruned"] if attacked else 0)
+    assert toys.same(asked.model.state_dict(), (always.model if attacked else net).state_dict())
+    edge = replace(quick, suspect=float(share))(net, toys.clean())  # the share itself is enough
+    assert edge.details["pruned"] == always.details["pruned"]
+
+
 def test_official_masks_have_four_decimals_and_paper_ones_have_all():
     net, data = toys.trained(poisoned=True), toys.clean().images
     rounded, whole = (flat(r.recover(net, data)[0]) for r in (RNP.official(), RNP.paper()))
@@ -205,6 +219,7 @@ def test_a_network_without_batchnorm_is_refused_before_any_work(monkeypatch):
         (lambda: Ascent(stop=2), r"stop must be in \[0, 1\], got 2"),
         (lambda: Ascent(clip=0), "clip must be above 0, or None, got 0"),
         (lambda: Ascent(batch=1), "batch must be 2 or more, got 1"),
+        (lambda: RNP(suspect=1.2), r"suspect must be in \[0, 1\], got 1.2"),
         (lambda: RNP(alpha=-1), "alpha must be 0 or more, got -1"),
         (lambda: RNP(max_drop=1.5), r"max_drop must be in \[0, 1\], got 1.5"),
     ],

@@ -90,9 +90,9 @@ class ANP:
 
         The natural loss weighs half, not a fifth: the masks of different seeds agree better then, and an independent
         reproduction (eecs6322) found every weight from 0.1 to 0.9 to serve. The threshold is chosen on held-out clean
-        images, at a drop of at most three points.
+        images, at a drop of at most two points.
         """
-        return cls(alpha=0.5, iterations=300, batch=64, lr=0.5, max_drop=0.03)
+        return cls(alpha=0.5, iterations=300, batch=64, lr=0.5)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Learn masks on `clean`, choose a threshold on its held-out part, prune the original network.

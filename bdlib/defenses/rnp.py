@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from bdlib.data.imageset import CleanSet, ImageSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
 from bdlib.neurons import Log, Masks, Soft, learn_and_choose, ones, prune
 from bdlib.training import augment
+from bdlib.unlearned import class_shares
 from bdlib.watch import Watch
 
 
@@ -94,7 +96,7 @@ class Ascent:
         for epoch in tqdm(range(self.epochs), desc="unlearn", leave=False):
             work.train(self.batch_statistics)  # `keep` may have changed the mode
             rate = opt.param_groups[0]["lr"] = self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
-            total = torch.zeros(3, device=images.images.device)  # loss, right, seen
+            total, seen = torch.zeros(2, device=images.images.device), 0  # loss, right; images
             for x, y in batches(images, self.batch, generator):
                 logits = work(x)
                 loss = F.cross_entropy(logits, y)
@@ -104,9 +106,10 @@ class Ascent:
                     nn.utils.clip_grad_norm_(params, self.clip)
                 opt.step()
                 watch(loss)
-                total += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum(), y.new_tensor(len(y))])
+                total += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+                seen += len(y)
             watch.look()
-            loss_sum, right, seen = total.tolist()  # the only transfer of an epoch: the stop rule needs it
+            loss_sum, right = total.tolist()  # the only transfer of an epoch: the stop rule needs it
             log.append({"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "lr": rate})
             if keep is not None:
                 keep(epoch + 1, work)
@@ -151,7 +154,7 @@ def fit_masks(
     masks = {n: m.clone().requires_grad_() for n, m in first.items()}
     opt = torch.optim.SGD(masks.values(), lr=lr, momentum=0.9)
     watch = Watch("masks", masks, f"lower lr, which is {lr}")
-    totals, step = torch.zeros(epochs, 4, device=device), 0  # loss, right, seen, mean mask
+    totals, seen, step = torch.zeros(epochs, 3, device=device), [0] * epochs, 0  # loss, right, mean mask; images
     for epoch in tqdm(range(epochs), desc="masks", leave=False):
         for x, y in batches(data, batch, generator):
             now = [step % len(terms)] if alternate else range(len(terms))
@@ -169,16 +172,16 @@ def fit_masks(
                 watch(loss)
                 if 0 in losses:
                     value, logits = losses[0]
-                    right = (logits.argmax(1) == y).sum()
-                    totals[epoch, :3] += torch.stack([value * len(y), right, y.new_tensor(len(y))])
+                    totals[epoch, :2] += torch.stack([value * len(y), (logits.argmax(1) == y).sum()])
+                    seen[epoch] += len(y)
         watch.look()
         with torch.no_grad():
-            totals[epoch, 3] = torch.cat(list(masks.values())).mean()
+            totals[epoch, 2] = torch.cat(list(masks.values())).mean()
         if keep is not None:
             keep(epoch + 1, {n: m.detach().clone() for n, m in masks.items()})
     log = [
-        {"epoch": e + 1, "loss": loss / max(1, seen), "accuracy": right / max(1, seen), "mean_mask": mean}
-        for e, (loss, right, seen, mean) in enumerate(totals.tolist())
+        {"epoch": e + 1, "loss": loss / max(1, n), "accuracy": right / max(1, n), "mean_mask": mean}
+        for e, ((loss, right, mean), n) in enumerate(zip(totals.tolist(), seen, strict=True))
     ]
     return {n: m.detach() for n, m in masks.items()}, log
 
@@ -195,6 +198,9 @@ class RNP:
 
     Args:
         ascent: stage 1.
+        suspect: prune only if the unlearned network reads at least this share of the clean images as one class, in
+            [0, 1]; 0 always prunes. The paper reads the target class off that collapse, its first author's later code
+            (bboylyg/Expose-Before-You-Defend @ c703dab) also whether there is a backdoor: from 0.4 on ten classes.
         alpha: factor of the recovery loss; with SGD and no decay, a factor of `lr` and nothing else.
         lr: learning rate of the masks (SGD with momentum 0.9), in stage 2.
         epochs, batch: of stage 2.
@@ -205,6 +211,7 @@ class RNP:
     """
 
     ascent: Ascent = field(default_factory=Ascent)
+    suspect: float = 0.0
     alpha: float = 0.2
     lr: float = 0.2
     epochs: int = 20
@@ -216,6 +223,7 @@ class RNP:
 
     def __post_init__(self) -> None:
         checks = {
+            "suspect": (0 <= self.suspect <= 1, "in [0, 1]"),
             "alpha": (self.alpha >= 0, "0 or more"),
             "lr": (self.lr >= 0, "0 or more"),
             "epochs": (self.epochs >= 0, "0 or more"),
@@ -242,9 +250,9 @@ class RNP:
         """For the book's small network, settled on seeds 0 and 1: a gentle ascent, half the steps of recovery.
 
         The network has few neurons to spare, and RNP takes clean ones along: eight points may be lost, and most of them
-        are the target class itself, see chapter "RNP".
+        are the target class itself, see chapter "RNP". So nothing is pruned unless the network shows a target class.
         """
-        return cls(ascent=Ascent(lr=0.002, batch=64, milestones=()), epochs=10, batch=64, max_drop=0.08)
+        return cls(Ascent(lr=0.002, batch=64, milestones=()), suspect=0.4, epochs=10, batch=64, max_drop=0.08)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Unlearn and recover on `clean`, choose a threshold on its held-out part, prune the original network.
@@ -258,8 +266,9 @@ class RNP:
 
         Returns:
             `Repair` with the log of the recovery (`fit_masks`) and details: unlearned (network), unlearning (the log of
-            `Ascent`), reached (whether its stop rule was), networks ``[(epoch, network)]`` on the way, masks,
-            threshold, pruned, choice, snapshots ``[(epoch, masks)]``.
+            `Ascent`), reached (whether its stop rule was), share (of the clean images in the class that the unlearned
+            network names most), networks ``[(epoch, network)]`` on the way, masks, threshold (-1 if the share is
+            below `suspect`), pruned, choice, snapshots ``[(epoch, masks)]``.
 
         Raises:
             ValueError: no BatchNorm; inputs that `check_inputs` refuses; `Diverged`, with the last good state.
@@ -267,7 +276,7 @@ class RNP:
         check_inputs(model, clean)
         start = time.perf_counter()
         ones(model)  # refuses a network without BatchNorm before any work is done
-        kept: dict[str, object] = {}
+        kept: dict[str, Any] = {}
 
         def learn(images: ImageSet, seed: int) -> tuple[Masks, Log]:
             networks: list[tuple[int, nn.Module]] = []
@@ -290,6 +299,9 @@ class RNP:
         masks, log, details = learn_and_choose(
             model, clean, learn, threshold=self.threshold, max_drop=self.max_drop, seed=seed
         )
+        kept["share"] = float(class_shares(kept["unlearned"], clean.images).max())
+        if kept["share"] < self.suspect:
+            details |= {"threshold": -1.0, "pruned": 0}
         repaired = prune(model, masks, details["threshold"]).eval()
         return Repair(repaired, log, {**details, **kept}, time.perf_counter() - start)
 
