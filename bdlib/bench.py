@@ -179,7 +179,7 @@ def run(cell: Cell, lab: Lab) -> dict[str, Any]:
 
     Returns:
         A record: label, seed, attack, defence, clean_images, before, after (scores), der, threshold, pruned, choice
-        (the defender's curve), oracle (ACC and ASR against the threshold), cpu_seconds, and the provenance of the run.
+        (the defender's curve), share (see `RNP`), oracle (ACC and ASR against the threshold), cpu_seconds, and the provenance of the run.
     """
     victim = lab.victim(cell.attack, seed=cell.seed)
     record: dict[str, Any] = {"label": cell.label, "seed": cell.seed, "attack": repr(cell.attack)}
@@ -197,7 +197,7 @@ def run(cell: Cell, lab: Lab) -> dict[str, Any]:
         repair = cell.defense(victim.model, clean, seed=cell.seed)
         cpu_seconds = time.process_time() - start
         record |= {"defence": repr(cell.defense), "clean_images": len(clean), "cpu_seconds": cpu_seconds}
-        record |= {k: repair.details[k] for k in ("threshold", "pruned", "choice") if k in repair.details}
+        record |= {k: repair.details[k] for k in ("threshold", "pruned", "choice", "share") if k in repair.details}
         if victim.trigger is None:
             record["after"] = {"acc": accuracy(repair.model, lab.test)}
         else:
