@@ -135,6 +135,8 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     for experiment, changed in variants.items():
         for variant, defence in changed.items():
             add(experiment, {"variant": variant}, badnets, defence)
+    for name, attack in {"none": None, "SIG": every["SIG"]}.items():  # what pruning without a suspicion would cost
+        add("rnp-unasked", {"attack": name, "defence": "RNP"}, attack, replace(RNP.small(), suspect=0.0))
     for defence in (ANP.small(), RNP.small(), MNP.small(), NPD.small(), NAD.small(), FT.small(),
                     replace(FT.small(), lr=0.1), FP.small(), IBAU.small(), FTSAM.small()):  # fmt: skip
         label = {"defence": type(defence).__name__} | ({"lr": defence.lr} if isinstance(defence, FT) else {})
@@ -179,7 +181,8 @@ def run(cell: Cell, lab: Lab) -> dict[str, Any]:
 
     Returns:
         A record: label, seed, attack, defence, clean_images, before, after (scores), der, threshold, pruned, choice
-        (the defender's curve), share (see `RNP`), oracle (ACC and ASR against the threshold), cpu_seconds, and the provenance of the run.
+        (the defender's curve), share (see `RNP`), oracle (ACC and ASR against the threshold), cpu_seconds, and the
+        provenance of the run.
     """
     victim = lab.victim(cell.attack, seed=cell.seed)
     record: dict[str, Any] = {"label": cell.label, "seed": cell.seed, "attack": repr(cell.attack)}

@@ -184,6 +184,7 @@ def learn_and_choose(
     *,
     threshold: float | None = None,
     max_drop: float = 0.02,
+    ceiling: float = 1.0,
     seed: int = 0,
 ) -> tuple[Masks, Log, dict[str, Any]]:
     """Learn masks on a defender's clean images and settle the threshold without a look at anything else.
@@ -196,6 +197,7 @@ def learn_and_choose(
         learn: ``learn(images, seed) -> (masks, log)``; the last call is the one whose masks are returned.
         threshold: prune where mask <= threshold; None chooses it by `choose_threshold` from `grid()`.
         max_drop: when choosing, the allowed drop of clean accuracy, as a share.
+        ceiling: when choosing, no threshold above this.
 
     Returns:
         Masks, log, and details: masks, threshold, pruned (neurons), choice (the clean curve; empty if fixed).
@@ -211,7 +213,8 @@ def learn_and_choose(
             {"threshold": t, "accuracy": sum(s[i]["accuracy"] for s in sweeps) / len(sweeps)}
             for i, t in enumerate(grid())
         ]
-        threshold = choose_threshold(grid(), [r["accuracy"] for r in choice], before, max_drop)
+        low = [r for r in choice if r["threshold"] <= ceiling]
+        threshold = choose_threshold([r["threshold"] for r in low], [r["accuracy"] for r in low], before, max_drop)
         if len(folds) > 1:
             masks, log = learn(clean.images, seed)
     else:

@@ -243,6 +243,9 @@ def test_the_threshold_is_chosen_on_held_out_clean_images():
     before = float((predict(net, clean.select.images).argmax(1) == clean.select.labels).float().mean())
     allowed = [t for t, a in zip(grid(), by_hand, strict=True) if before - a <= 0.05 + 1e-9]
     assert repair.details["threshold"] == max(allowed, default=-1)
+    below = [t for t in allowed if t < max(allowed)]  # a ceiling that rules the largest out, and nothing else
+    lower = ANP(iterations=25, batch=32, max_drop=0.05, ceiling=max(allowed) - 1e-6)(net, clean)
+    assert below and lower.details["threshold"] == max(below) and lower.details["choice"] == choice
 
 
 def test_few_images_are_used_in_folds():
@@ -279,7 +282,7 @@ def test_masks_survive_a_file_at_full_precision_and_only_official_rounds(tmp_pat
     ("field", "value"),
     [
         ("eps", -0.1), ("alpha", 1.2), ("alpha", -0.1), ("iterations", -1), ("inner_steps", 0), ("lr", -0.2),
-        ("batch", 1), ("max_drop", 1.5),
+        ("batch", 1), ("max_drop", 1.5), ("ceiling", -0.5),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_named(field, value):
