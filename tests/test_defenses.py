@@ -36,7 +36,7 @@ DEFENCES = [
      {"epoch", "loss", "accuracy", "lr", "seconds", "attention"},
      {"teacher", "teacher_log", "stages", "betas", "snapshots"}, False),
     (RNP(ascent=ASCENT, epochs=4, batch=32, max_drop=0.05), {"epoch", "loss", "accuracy", "mean_mask"},
-     {*MASKS, "unlearned", "unlearning", "reached", "networks"}, False),
+     {*MASKS, "unlearned", "unlearning", "reached", "share", "networks"}, False),
     (NPD(bound=1.0, step=0.2, epochs=15, lr=0.05, batch=32, warm_up=1, layer="1.conv2"),
      {"epoch", "clean", "kept", "boosted", "escaped"}, {"layer", "polarizer", "warm_accuracy", "snapshots"}, False),
     (MNP(ascent=ASCENT, epochs=4, batch=32, max_drop=0.05), {"epoch", "loss", "accuracy", "mean_mask"},
