@@ -38,7 +38,7 @@ from bdlib.neurons import curve, grid
 from bdlib.records import RESULTS, read
 
 # no chapter draws their curves, each of which costs more than the repair
-WITHOUT_ORACLE = ("budget", "mnp-variants", "defences-more")
+WITHOUT_ORACLE = ("budget", "mnp-variants", "defences-more", "rnp-unasked")
 SEEDS = (3, 4, 5)  # 0 to 2 were used to settle data set, network and recipes
 
 
@@ -121,7 +121,8 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         "npd-variants": {
             "on the branch": replace(NPD.small(), place="branch"),
             "clean loss only": replace(NPD.small(), weights=(1.0, 0.0, 0.0, 0.0)),
-            "bound 1.2": replace(NPD.small(), bound=1.2),
+            "bound 1.6": replace(NPD.small(), bound=1.6),
+            "last epoch": replace(NPD.small(), average=1),
         },
         "mnp-variants": {
             "no penalty": replace(MNP.small(), penalty=0.0),
@@ -137,6 +138,7 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
             add(experiment, {"variant": variant}, badnets, defence)
     for name, attack in {"none": None, "SIG": every["SIG"]}.items():  # what pruning without a suspicion would cost
         add("rnp-unasked", {"attack": name, "defence": "RNP"}, attack, replace(RNP.small(), suspect=0.0))
+    add("anp-unbounded", {"attack": "none", "defence": "ANP"}, None, replace(ANP.small(), ceiling=1.0))
     for defence in (ANP.small(), RNP.small(), MNP.small(), NPD.small(), NAD.small(), FT.small(),
                     replace(FT.small(), lr=0.1), FP.small(), IBAU.small(), FTSAM.small()):  # fmt: skip
         label = {"defence": type(defence).__name__} | ({"lr": defence.lr} if isinstance(defence, FT) else {})

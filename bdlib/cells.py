@@ -127,7 +127,7 @@ def run(cell: Cell, *, device: str = "", verify: bool = True) -> dict[str, Any]:
             repair = defence(victim.model, clean, seed=cell.seed)
             record |= {"seconds": repair.seconds, "cpu_seconds": time.process_time() - start}
             record |= {"clean_images": len(clean), "after": scores(repair.model, lab.test, victim.trigger)}
-            record |= {k: repair.details[k] for k in ("threshold", "pruned") if k in repair.details}
+            record |= {k: repair.details[k] for k in ("threshold", "pruned", "share") if k in repair.details}
             if victim.trigger is not None:
                 record["der"] = der(Scores(**record["before"]), Scores(**record["after"]))
                 if cell.curves and "masks" in repair.details:

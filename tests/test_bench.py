@@ -109,13 +109,20 @@ def test_one_cell_of_the_book_gives_its_record_again():
     assert again["defence"] == record["defence"] and again["clean_images"] == record["clean_images"]
 
 
-def test_what_a_repair_costs_a_network_that_was_never_attacked():
-    # three points are the book's aim; chapter "All defences side by side" says why three defences miss it
-    bounds = {"ANP": 0.08, "RNP": 0.08, "NPD": 0.04}
+def test_no_repair_costs_a_network_that_was_never_attacked_more_than_three_points():
     lost: dict[str, list[float]] = {}
     for r in bench.read("clean-network"):
         lost.setdefault(r["label"]["defence"], []).append(r["before"]["acc"] - r["after"]["acc"])
     assert set(lost) == {"FT", "FP", "NAD", "IBAU", "FTSAM", "ANP", "RNP", "MNP", "NPD"}
     for name, drops in lost.items():
-        assert len(drops) == (6 if name == "FT" else 3) and max(drops) <= bounds.get(name, 0.03) + 1e-9, name
-    assert all(max(lost[name]) > 0.03 for name in bounds)  # who no longer misses it must leave the list
+        assert len(drops) == (6 if name == "FT" else 3) and max(drops) <= 0.03 + 1e-9, name
+    # without the question whether there is a backdoor at all, RNP would
+    assert max(r["before"]["acc"] - r["after"]["acc"] for r in bench.read("rnp-unasked") if "BadNets" in r) > 0.03
+
+
+def test_on_badnets_anp_npd_and_mnp_reach_their_goal():
+    """Mean ASR of seeds 3 to 5 at most 15 % for at most five points of ACC; RNP pays about ten, see its chapter."""
+    for experiment, name in (("defences", "ANP"), ("npd", "NPD"), ("mnp", "MNP")):
+        found = [r for r in bench.read(experiment) if r["label"] == {"attack": "BadNets", "defence": name}]
+        drops = [r["before"]["acc"] - r["after"]["acc"] for r in found]
+        assert len(found) == 3 and sum(drops) / 3 <= 0.05 and sum(r["after"]["asr"] for r in found) / 3 <= 0.15, name

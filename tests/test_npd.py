@@ -203,6 +203,22 @@ def test_the_backdoor_goes_and_it_takes_the_adversarial_terms():
     assert after.asr < 0.1 and after.acc > 0.95 and control.asr > 0.9
 
 
+def test_the_polarizer_is_the_mean_of_the_last_epochs_or_the_last():
+    net, clean = toys.trained(poisoned=True), toys.clean()
+    layers = {}
+    for average in (1, 2, 9):
+        repair = replace(QUICK, epochs=3, average=average)(net, clean, keep_every=1)
+        layers[average] = repair.details["polarizer"].state_dict()
+        inside = {n.split("polarizer.")[1]: t for n, t in repair.model.state_dict().items() if "polarizer." in n}
+        assert toys.same(inside, layers[average])  # the network that is returned carries the mean
+        steps = [s.state_dict() for _, s in repair.details["snapshots"]]
+    place = next(n for n in steps[0] if n.endswith("polarizer.conv.weight"))
+    for average, of in {1: steps[-1:], 2: steps[-2:], 9: steps}.items():  # fewer epochs than asked for: all
+        mean = torch.stack([s[place] for s in of]).mean(0)
+        assert torch.allclose(layers[average]["conv.weight"], mean, atol=1e-7), average
+    assert torch.equal(layers[1]["conv.weight"], steps[-1][place])
+
+
 def test_the_released_warm_up_standardises_and_the_other_keeps_the_identity():
     """In train mode BatchNorm replaces every channel by its z-score while lr 1e-4 hardly trains."""
     net, clean = toys.trained(), toys.clean()
@@ -251,6 +267,7 @@ def test_nothing_waits_for_the_device_inside_a_step():
         ({"steps": 0}, "steps must be 1 or more, got 0"),
         ({"weights": (1.0, 1.0)}, r"weights must be four numbers of 0 or more, got \(1.0, 1.0\)"),
         ({"enough": 2.0}, r"enough must be in \[0, 1\], got 2"),
+        ({"average": 0}, "average must be 1 or more, got 0"),
         ({"place": "stem"}, "place must be branch or block, got 'stem'"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from bdlib.checks import require
@@ -172,6 +173,8 @@ class NPD:
         place: "branch" (as released; the shortcut carries everything round it) or "block", for `find_layer`.
         mask: what replaces the logit of the true class when the target is chosen: minus infinity, or -10 as released,
             under which the true class itself can be "chosen".
+        average: the polarizer that is kept is the mean of those after the last so many epochs, 1 or more. (This book's;
+            the released code keeps the last, 1. At a constant rate the layer goes on jumping about.)
     """
 
     bound: float = 3.0
@@ -189,6 +192,7 @@ class NPD:
     layer: str | None = None
     place: Literal["branch", "block"] = "branch"
     mask: float = float("-inf")
+    average: int = 1
 
     def __post_init__(self) -> None:
         checks = {
@@ -201,6 +205,7 @@ class NPD:
             "warm_up": (self.warm_up >= 0, "0 or more"),
             "batch": (self.batch >= 2, "2 or more"),
             "lr": (self.lr >= 0, "0 or more"),
+            "average": (self.average >= 1, "1 or more"),
             "place": (self.place in ("branch", "block"), "branch or block"),
         }
         require(self, checks)
@@ -220,8 +225,11 @@ class NPD:
 
     @classmethod
     def small(cls) -> "NPD":
-        """For the book's small network, settled on seeds 0 to 2: signs differ by small symbols, so a smaller bound."""
-        return cls(bound=0.6, epochs=28, lr=0.05, batch=64, warm_up=0, place="block")
+        """For the book's small network, settled on seeds 0 to 2: signs differ by small symbols, so a smaller bound.
+
+        The mean of the last 14 epochs costs a network that was never attacked less than the last one does.
+        """
+        return cls(bound=0.8, epochs=28, lr=0.05, batch=64, warm_up=0, place="block", average=14)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Insert a polarizer and train it on all clean images: NPD chooses no threshold.
@@ -265,6 +273,7 @@ class NPD:
         )
         weights = torch.tensor(self.weights, device=example.device)
         sums = torch.zeros(self.epochs, 4, device=example.device)
+        averaged = AveragedModel(polarizer)
         for epoch in tqdm(range(self.epochs), desc="NPD", leave=False):
             parts = _batches(images, self.batch, generator)
             for x, y in parts:
@@ -277,8 +286,11 @@ class NPD:
                 watch(loss)
                 sums[epoch] += terms.detach() / len(parts)
             watch.look()
+            if epoch >= self.epochs - self.average:
+                averaged.update_parameters(polarizer)
             if keep_every and (epoch + 1) % keep_every == 0:
                 details["snapshots"].append((epoch + 1, copy.deepcopy(repaired)))
+        polarizer.load_state_dict(averaged.module.state_dict())
         names = ("clean", "kept", "boosted", "escaped")
         log = [{"epoch": e + 1, **dict(zip(names, row, strict=True))} for e, row in enumerate(sums.tolist())]
         return Repair(repaired, log, {**details, "polarizer": polarizer}, time.perf_counter() - start)
