@@ -121,8 +121,9 @@ def cells(target: int, seeds: Sequence[int] = SEEDS) -> list[Cell]:
         "npd-variants": {
             "on the branch": replace(NPD.small(), place="branch"),
             "clean loss only": replace(NPD.small(), weights=(1.0, 0.0, 0.0, 0.0)),
-            "bound 1.6": replace(NPD.small(), bound=1.6),
+            "bound 2": replace(NPD.small(), bound=2.0),
             "last epoch": replace(NPD.small(), average=1),
+            "no augmentation": replace(NPD.small(), augmented=False),
         },
         "mnp-variants": {
             "no penalty": replace(MNP.small(), penalty=0.0),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdlib import models
-from bdlib.data.imageset import CleanSet, ImageSet
+from bdlib.data.imageset import Augment, CleanSet, ImageSet
 from bdlib.defenses import NPD
 from bdlib.defenses.npd import Polarizer, find_layer, insert, losses, standardise, surrogate
 from bdlib.metrics import accuracy, evaluate
@@ -276,7 +276,17 @@ def test_a_bad_value_is_named(arguments, said):
         NPD(**arguments)
 
 
-def test_clean_images_are_taken_as_they_are(monkeypatch):
-    """No augmentation: the released code trains on the test transform."""
-    monkeypatch.setattr("bdlib.training.augment", lambda *_: pytest.fail("augmented"))
-    replace(QUICK, epochs=1)(toys.trained(), CleanSet(toys.squares(40)))
+def test_clean_images_are_taken_as_they_are_unless_asked(monkeypatch):
+    """The released code trains on the test transform; `augmented` goes through the images' own augmentation."""
+    seen = []
+
+    def spy(images, spec, generator):
+        seen.append((len(images), spec))
+        return images.flip(3)
+
+    monkeypatch.setattr("bdlib.defenses.npd.augment", spy)
+    net, clean = toys.trained(), CleanSet(toys.squares(40, augment=Augment(pad=1)))
+    plain, flipped = (replace(QUICK, epochs=1, augmented=a)(net, clean).log for a in (False, True))
+    assert seen == [(32, clean.images.augment), (8, clean.images.augment)]  # one epoch of forty in batches of 32
+    assert plain != flipped  # what augmentation returns is what is trained on
+    assert not NPD.paper().augmented and not NPD.official().augmented and NPD.small().augmented
