@@ -109,15 +109,20 @@ def test_one_cell_of_the_book_gives_its_record_again():
     assert again["defence"] == record["defence"] and again["clean_images"] == record["clean_images"]
 
 
-def test_no_repair_costs_a_network_that_was_never_attacked_more_than_three_points():
+def test_what_a_repair_costs_a_network_that_was_never_attacked():
+    # three points are the book's aim; on one seed NPD misses it, see chapter "All defences side by side"
+    bounds = {"NPD": 0.041}
     lost: dict[str, list[float]] = {}
     for r in bench.read("clean-network"):
         lost.setdefault(r["label"]["defence"], []).append(r["before"]["acc"] - r["after"]["acc"])
     assert set(lost) == {"FT", "FP", "NAD", "IBAU", "FTSAM", "ANP", "RNP", "MNP", "NPD"}
     for name, drops in lost.items():
-        assert len(drops) == (6 if name == "FT" else 3) and max(drops) <= 0.03 + 1e-9, name
-    # without the question whether there is a backdoor at all, RNP would
-    assert max(r["before"]["acc"] - r["after"]["acc"] for r in bench.read("rnp-unasked") if "BadNets" in r) > 0.03
+        assert len(drops) == (6 if name == "FT" else 3) and max(drops) <= bounds.get(name, 0.03) + 1e-9, name
+    assert all(max(lost[name]) > 0.03 for name in bounds)  # who no longer misses it must leave the list
+    # without their guards RNP and ANP would miss it too
+    for name in ("rnp-unasked", "anp-unbounded"):
+        found = [r for r in bench.read(name) if r["label"]["attack"] == "none"]
+        assert len(found) == 3 and max(r["before"]["acc"] - r["after"]["acc"] for r in found) > 0.03
 
 
 def test_on_badnets_anp_npd_and_mnp_reach_their_goal():
