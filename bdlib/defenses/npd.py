@@ -227,9 +227,10 @@ class NPD:
 
     @classmethod
     def small(cls) -> "NPD":
-        """For the book's small network, settled on seeds 0 to 2: signs differ by small symbols, so a smaller bound.
+        """For the book's small network, settled on seeds 0 and 1: signs differ by small symbols, so a smaller bound.
 
-        Augmented images and the mean of the last 14 epochs cost a network that was never attacked less.
+        Augmented images and the mean of the last 14 epochs cost a network that was never attacked less. Both were tried
+        after two other settings had been seen to fail on seeds 3 to 5.
         """
         return cls(bound=1.0, epochs=28, lr=0.05, batch=64, warm_up=0, place="block", augmented=True, average=14)
 
