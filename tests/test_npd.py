@@ -278,15 +278,23 @@ def test_a_bad_value_is_named(arguments, said):
 
 def test_clean_images_are_taken_as_they_are_unless_asked(monkeypatch):
     """The released code trains on the test transform; `augmented` goes through the images' own augmentation."""
-    seen = []
+    seen, trained = [], []
 
     def spy(images, spec, generator):
         seen.append((len(images), spec))
-        return images.flip(3)
+        return images.flip(3) if spec.pad else images
 
-    monkeypatch.setattr("bdlib.defenses.npd.augment", spy)
+    def look(model, images, *rest):
+        trained.append(images)
+        return surrogate(model, images, *rest)
+
+    monkeypatch.setattr("bdlib.defenses.rnp.augment", spy)
+    monkeypatch.setattr("bdlib.defenses.npd.surrogate", look)
     net, clean = toys.trained(), CleanSet(toys.squares(40, augment=Augment(pad=1)))
-    plain, flipped = (replace(QUICK, epochs=1, augmented=a)(net, clean).log for a in (False, True))
-    assert seen == [(32, clean.images.augment), (8, clean.images.augment)]  # one epoch of forty in batches of 32
-    assert plain != flipped  # what augmentation returns is what is trained on
+    for augmented in (False, True):
+        replace(QUICK, epochs=1, augmented=augmented)(net, clean)
+    # one epoch of forty in batches of 32 each
+    assert seen == [(n, spec) for spec in (Augment(), clean.images.augment) for n in (32, 8)]
+    plain, flipped = torch.cat(trained[:2]), torch.cat(trained[2:])
+    assert torch.equal(plain.flip(3), flipped) and not torch.equal(plain, flipped)  # what augmentation gives is used
     assert not NPD.paper().augmented and not NPD.official().augmented and NPD.small().augmented

@@ -7,7 +7,7 @@ repair.model, repair.details["layer"]        # the network with one small layer 
 import copy
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,11 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from bdlib.checks import require
-from bdlib.data.imageset import CleanSet, ImageSet
+from bdlib.data.imageset import Augment, CleanSet, ImageSet
 from bdlib.defenses.base import Repair, check_inputs, seeded
+from bdlib.defenses.rnp import batches
 from bdlib.metrics import accuracy
-from bdlib.training import augment, evaluating
+from bdlib.training import evaluating
 from bdlib.watch import Watch
 
 
@@ -227,12 +228,14 @@ class NPD:
 
     @classmethod
     def small(cls) -> "NPD":
-        """For the book's small network, settled on seeds 0 and 1: signs differ by small symbols, so a smaller bound.
+        """For the book's small network: signs differ by small symbols, so a smaller bound.
 
         Augmented images and the mean of the last 14 epochs cost a network that was never attacked less. Both were tried
-        after two other settings had been seen to fail on seeds 3 to 5.
+        after two other settings had been seen to fail on seeds 3 to 5. The bound was then settled on seeds 0 to 2 and
+        6 to 8: the largest of 0.7 to 1 at which what such networks lose, mean and two standard deviations, is at most
+        three points.
         """
-        return cls(bound=1.0, epochs=28, lr=0.05, batch=64, warm_up=0, place="block", augmented=True, average=14)
+        return cls(bound=0.8, epochs=28, lr=0.05, batch=64, warm_up=0, place="block", augmented=True, average=14)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Insert a polarizer and train it on all clean images: NPD chooses no threshold.
@@ -257,13 +260,14 @@ class NPD:
         layer = self.layer if self.layer is not None else find_layer(model, example, self.place)
         repaired, polarizer = insert(model, layer, example)
         generator = seeded(example.device, seed)
+        drawn = images if self.augmented else replace(images, augment=Augment())
         if self.keep_identity:
             standardise(repaired, polarizer, images)
         watch = Watch("NPD", polarizer.state_dict(), f"lower lr, which is {self.lr}")
         warm = torch.optim.SGD(polarizer.parameters(), lr=1e-4)
         polarizer.train(not self.keep_identity)
         for _ in range(self.warm_up):
-            for x, y in self.batches(images, generator):
+            for x, y in batches(drawn, self.batch, generator):
                 warm.zero_grad()
                 loss = F.cross_entropy(repaired(x), y)
                 loss.backward()
@@ -278,7 +282,7 @@ class NPD:
         sums = torch.zeros(self.epochs, 4, device=example.device)
         averaged = AveragedModel(polarizer)
         for epoch in tqdm(range(self.epochs), desc="NPD", leave=False):
-            parts = self.batches(images, generator)
+            parts = batches(drawn, self.batch, generator)
             for x, y in parts:
                 changed, logits, targets = surrogate(repaired, x, y, self)
                 terms = losses(logits, repaired(changed), y, targets)
@@ -297,14 +301,6 @@ class NPD:
         names = ("clean", "kept", "boosted", "escaped")
         log = [{"epoch": e + 1, **dict(zip(names, row, strict=True))} for e, row in enumerate(sums.tolist())]
         return Repair(repaired, log, {**details, "polarizer": polarizer}, time.perf_counter() - start)
-
-    def batches(self, data: ImageSet, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-        """One epoch of images ``(B, C, H, W)`` in [0, 1] and labels ``(B,)``."""
-        order = torch.randperm(len(data), generator=generator, device=data.images.device)
-        parts = [(data.images[p], data.labels[p]) for p in order.split(self.batch)]
-        if self.augmented:
-            parts = [(augment(x, data.augment, generator), y) for x, y in parts]
-        return [(x.float() / 255, y) for x, y in parts]
 
 
 @torch.no_grad()
