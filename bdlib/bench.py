@@ -40,7 +40,8 @@ from bdlib.records import RESULTS, read
 # no chapter draws their curves, each of which costs more than the repair
 WITHOUT_ORACLE = ("budget", "mnp-variants", "defences-more", "rnp-unasked", "fresh-seeds")
 SEEDS = (3, 4, 5)  # 0 to 2 were used to settle data set, network and recipes
-FRESH = (9, 10, 11)  # looked at once, when every preset was settled; NPD's bound was settled on 0 to 2 and 6 to 8
+SETTLING = (0, 1, 2, 6, 7, 8)  # of NPD's bound, and what `SEEDS` lose without a backdoor
+FRESH = (9, 10, 11)  # looked at once, when every preset was settled
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,10 @@ def cells(target: int) -> list[Cell]:
         label = {"defence": type(defence).__name__} | ({"lr": defence.lr} if isinstance(defence, FT) else {})
         add("clean-network", label, None, defence)
     for name, attack in {"none": None, "BadNets": badnets}.items():
+        for bound in (0.7, 0.8, 0.9, 1.0):
+            defence = replace(NPD.small(), bound=bound)
+            on = SETTLING if attack else sorted(SETTLING + SEEDS)
+            add("npd-bound", {"attack": name, "bound": bound}, attack, defence, on=on)
         for defence in (ANP.small(), RNP.small(), MNP.small(), NPD.small()):
             add("fresh-seeds", {"attack": name, "defence": type(defence).__name__}, attack, defence, on=FRESH)
     tuned_weights = (FT.small(), FP.small(), NAD.small(), IBAU.small(), FTSAM.small())
