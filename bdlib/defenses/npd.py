@@ -231,11 +231,11 @@ class NPD:
         """For the book's small network: signs differ by small symbols, so a smaller bound.
 
         Augmented images and the mean of the last 14 epochs cost a network that was never attacked less. Both were tried
-        after two other settings had been seen to fail on seeds 3 to 5. The bound is the largest of 0.7 to 1 at which
-        what nine such networks lose, mean and two standard deviations, is at most three points: seeds 0 to 8. Those of
-        3 to 5 are the ones that chapter "All defences" reports, so the test is seeds 9 to 11.
+        after two other settings had been seen to fail on seeds 3 to 5. The bound was then settled on seeds 0 to 2 and
+        6 to 8: the largest of 0.7 to 1 at which what such networks lose, mean and two standard deviations, is at most
+        three points. On seed 4 it is 3.2 all the same, see chapter "NPD".
         """
-        return cls(bound=0.7, epochs=28, lr=0.05, batch=64, warm_up=0, place="block", augmented=True, average=14)
+        return cls(bound=0.8, epochs=28, lr=0.05, batch=64, warm_up=0, place="block", augmented=True, average=14)
 
     def __call__(self, model: nn.Module, clean: CleanSet, seed: int = 0, keep_every: int = 0) -> Repair:
         """Insert a polarizer and train it on all clean images: NPD chooses no threshold.
