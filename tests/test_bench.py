@@ -111,7 +111,7 @@ def test_one_cell_of_the_book_gives_its_record_again():
 
 def test_what_a_repair_costs_a_network_that_was_never_attacked():
     # three points are the book's aim; on one seed NPD misses it, see chapter "All defences side by side"
-    bounds = {"NPD": 0.041}
+    bounds = {"NPD": 0.032}
     lost: dict[str, list[float]] = {}
     for r in bench.read("clean-network"):
         lost.setdefault(r["label"]["defence"], []).append(r["before"]["acc"] - r["after"]["acc"])
