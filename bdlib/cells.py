@@ -68,25 +68,11 @@ def key_of(cell: Cell, lab: Lab) -> str:
     )  # fmt: skip
 
 
-def halving(evaluation: Callable[[int], Any], batch: int = 5000) -> Any:
-    """``evaluation(batch)``; when the GPU has no memory for it, again with half the batch, and a warning says so."""
-    while True:
-        try:
-            return evaluation(batch)
-        except torch.cuda.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch = batch // 2  # out of the handler, whose traceback keeps what did not fit
-        torch.cuda.empty_cache()
-        warnings.warn(f"out of GPU memory: evaluating in batches of {batch} instead", stacklevel=2)
-
-
 def scores(model: nn.Module, test: ImageSet, trigger: Trigger | None) -> dict[str, float]:
     """ACC, ASR and RA; ACC alone where there is no trigger."""
-    batch = 5000 if test.images.is_cuda else 250  # a GPU wants thousands, a processor's caches hold a few hundred
     if trigger is None:
-        return {"acc": halving(lambda n: accuracy(model, test, batch=n), batch)}
-    return halving(lambda n: evaluate(model, test, trigger, batch=n), batch).asdict()
+        return {"acc": accuracy(model, test)}
+    return evaluate(model, test, trigger).asdict()
 
 
 @contextmanager

@@ -39,8 +39,11 @@ class Scores:
         return asdict(self)
 
 
-def accuracy(model: nn.Module, data: ImageSet, *, batch: int = 1000) -> float:
+def accuracy(model: nn.Module, data: ImageSet, *, batch: int | None = None) -> float:
     """Share of the images classified correctly, in [0, 1].
+
+    Args:
+        batch: images a pass, see `bdlib.training.predict`.
 
     Raises:
         ValueError: an empty set.
@@ -65,13 +68,14 @@ def triggered_images(test: ImageSet, trigger: Trigger) -> tuple[Tensor, Tensor]:
     return trigger.stamp(test.images[keep]), test.labels[keep]
 
 
-def evaluate(model: nn.Module, test: ImageSet, trigger: Trigger, *, batch: int = 1000) -> Scores:
+def evaluate(model: nn.Module, test: ImageSet, trigger: Trigger, *, batch: int | None = None) -> Scores:
     """ACC, ASR and RA of a network under an attack. Introduced in chapter "What is a backdoor?".
 
     Args:
         model: classifier of ``(N, C, H, W)`` in [0, 1].
         test: clean test images; a defence never sees them.
         trigger: a fitted trigger, with its label map.
+        batch: images a pass, see `bdlib.training.predict`.
 
     Returns:
         `Scores`. For all-to-one attacks ASR and RA leave out the images of the target class (BackdoorBench @ f02e353;

@@ -130,9 +130,18 @@ def commit() -> str:
 def amp_dtype(device: torch.device | str) -> torch.dtype | None:
     """bfloat16 where the processor computes it natively, else None (float32).
 
-    Decided by what the processor can do, never by a stopwatch, so that two runs on one machine agree.
+    Decided by what the processor can do, never by a stopwatch, so that two runs on one machine agree. The environment
+    variable BDLIB_DTYPE=float32 wants float32 everywhere, as the book's small records and outputs were made.
+
+    Raises:
+        ValueError: a BDLIB_DTYPE other than auto, the default, or float32.
     """
+    wanted = os.environ.get("BDLIB_DTYPE", "auto")
+    if wanted not in ("auto", "float32"):
+        raise ValueError(f"BDLIB_DTYPE must be auto or float32, got {wanted!r}")
     device = torch.device(device)
+    if wanted == "float32":
+        return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     if device.type == "cpu":

@@ -6,6 +6,7 @@ logits = predict(model, test.images)                           # (N, K), the who
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -249,13 +250,14 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, *, batch: int | None = None) -> Tensor:
+def predict(model: nn.Module, images: Tensor, *, batch: int | None = None, amp: bool = True) -> Tensor:
     """Logits of a whole set, in evaluation mode; the model's mode is restored.
 
     Args:
         images: ``(N, C, H, W)``, uint8 or float in [0, 1].
+        amp: bfloat16 where the processor computes it natively; False is float32 everywhere, for comparing logits.
         batch: images a pass; by default 5,000 on a GPU, which that many fill, and 250 on a processor, whose caches hold
-            no more (1,000 take 1.5 times as long).
+            no more (1,000 take 1.5 times as long). Halved, with a warning, as often as a GPU runs out of memory.
 
     Returns:
         ``(N, K)`` float32 on the device of the images.
@@ -269,9 +271,18 @@ def predict(model: nn.Module, images: Tensor, *, batch: int | None = None) -> Te
         raise ValueError(f"float images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}")
     if batch is None:
         batch = 250 if images.device.type == "cpu" else 5000
-    out = []
-    with evaluating(model), _autocast(images.device):
-        for x in images.split(batch):
-            x = x.float() / 255 if x.dtype == torch.uint8 else x
-            out.append(model(x.contiguous(memory_format=torch.channels_last)).float())
-    return torch.cat(out)
+    while True:
+        try:
+            with evaluating(model), _autocast(images.device, amp):
+                return torch.cat([model(_floats(x)).float() for x in images.split(batch)])
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch = batch // 2  # out of the handler, whose traceback keeps what did not fit
+        torch.cuda.empty_cache()
+        warnings.warn(f"out of GPU memory: evaluating in batches of {batch} instead", stacklevel=3)
+
+
+def _floats(images: Tensor) -> Tensor:
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    return x.contiguous(memory_format=torch.channels_last)

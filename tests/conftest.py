@@ -44,6 +44,10 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
+if not _cuda():  # the tolerances are float32's; a GPU has some of its own, for bfloat16
+    os.environ.setdefault("BDLIB_DTYPE", "float32")
+
+
 @pytest.fixture(
     params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _cuda(), reason="no GPU")])]
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sklearn")
 
-from bdlib import attacks, cells, data, defenses, names, provenance
+from bdlib import attacks, cells, data, defenses, names, neurons, provenance
 from bdlib.lab import Lab
 from bdlib.matrix import ALL_ATTACKS, ALL_DEFENCES, PRESETS, Cell, Matrix
 
@@ -379,50 +379,22 @@ def test_a_method_that_changed_makes_its_own_records_stale_and_no_other(runs, mo
 # how a cell is computed
 
 
-def test_out_of_memory_halves_the_batch_and_says_so():
-    tried = []
-
-    def evaluation(batch):
-        tried.append(batch)
-        if batch > 1500:
+class Hungry(torch.nn.Sequential):
+    def forward(self, x):
+        if len(x) > 200:
             raise torch.cuda.OutOfMemoryError("no room")
-        return "scores"
-
-    with pytest.warns(UserWarning) as said:
-        assert cells.halving(evaluation) == "scores"
-    assert tried == [5000, 2500, 1250]
-    assert [str(w.message) for w in said] == [
-        f"out of GPU memory: evaluating in batches of {n} instead" for n in (2500, 1250)
-    ]
+        return super().forward(x)
 
 
-def test_halving_gives_up_at_one_image_and_lets_other_errors_through():
-    tried = []
-
-    def never(batch):
-        tried.append(batch)
-        raise torch.cuda.OutOfMemoryError("no room")
-
-    with pytest.warns(UserWarning), pytest.raises(torch.cuda.OutOfMemoryError):
-        cells.halving(never, 6)
-    assert tried == [6, 3, 1]
-    with pytest.raises(ZeroDivisionError):
-        cells.halving(lambda batch: 1 // 0)
-
-
-def test_scoring_halves_too(monkeypatch):
-    lab, sizes, real = cells.lab_of(TINY.cells()[0], device="cpu"), [], cells.accuracy
-
-    def small(model, test, batch):
-        sizes.append(batch)
-        if batch > 200:
-            raise torch.cuda.OutOfMemoryError("no room")
-        return real(model, test, batch=batch)
-
-    monkeypatch.setattr(cells, "accuracy", small)
+def test_scores_and_curves_need_no_more_memory_than_there_is():
+    lab = cells.lab_of(TINY.cells()[0], device="cpu")
+    net, trigger = lab.network(), attacks.BadNets(0).trigger(lab.train.shape, len(lab.train.classes))
     with pytest.warns(UserWarning, match="batches of 125"):
-        scores = cells.scores(lab.network(), lab.test, None)
-    assert sizes == [250, 125] and scores == {"acc": real(lab.network(), lab.test)}
+        assert cells.scores(Hungry(net), lab.test, trigger) == cells.scores(net, lab.test, trigger)
+    masks = neurons.ones(net)
+    with pytest.warns(UserWarning, match="batches of 125"):
+        (hungry,) = neurons.curve(Hungry(net), {f"0.{n}": m for n, m in masks.items()}, [0.5], lab.test, trigger)
+    assert [hungry] == neurons.curve(net, masks, [0.5], lab.test, trigger)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

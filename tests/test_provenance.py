@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 import bdlib.metrics
 from bdlib import provenance
@@ -123,3 +124,20 @@ def test_a_fingerprint_does_not_depend_on_the_version_of_python(box):
         "Module(body=[FunctionDef(name='f',args=arguments(args=[arg(arg='x')]),body=[Return(value=BinOp("
         "left=Constant(2),op=Mult(),right=Name(id='x',ctx=Load())))])])"
     )
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("float32", None), ("auto", torch.bfloat16), (None, torch.bfloat16)])
+def test_the_number_type_follows_the_processor_unless_float32_is_wanted(wanted, found, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    monkeypatch.delenv("BDLIB_DTYPE", raising=False)
+    if wanted:
+        monkeypatch.setenv("BDLIB_DTYPE", wanted)
+    assert provenance.amp_dtype("cpu") is found
+    assert run_info("cpu")["dtype"] == ("float32" if found is None else "bfloat16")
+
+
+def test_an_unknown_number_type_is_refused(monkeypatch):
+    monkeypatch.setenv("BDLIB_DTYPE", "float16")
+    with pytest.raises(ValueError, match="auto or float32, got 'float16'"):
+        provenance.amp_dtype("cpu")

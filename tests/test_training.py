@@ -287,6 +287,48 @@ def test_predict_restores_every_mode_and_changes_nothing(device):
     assert net.training and not net[1].bn1.training
 
 
+class Hungry(nn.Module):
+    """Runs out of GPU memory, as a test can have it, on more than `room` images at once."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.tried = room, []
+
+    def forward(self, x):
+        self.tried.append(len(x))
+        if len(x) > self.room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return x.mean((2, 3))
+
+
+def test_out_of_memory_halves_the_batch_and_says_so():
+    images, net = toys.squares(40).images, Hungry(6)
+    with pytest.warns(UserWarning) as said:
+        found = predict(net, images, batch=20)
+    assert net.tried == [20, 10, 5, 5, 5, 5, 5, 5, 5, 5] and torch.equal(found, predict(Hungry(40), images))
+    assert [str(w.message) for w in said] == [
+        f"out of GPU memory: evaluating in batches of {n} instead" for n in (10, 5)
+    ]
+
+
+def test_halving_gives_up_at_one_image_and_lets_other_errors_through():
+    net = Hungry(0)
+    with pytest.warns(UserWarning), pytest.raises(torch.cuda.OutOfMemoryError):
+        predict(net, toys.squares(9).images, batch=6)
+    assert net.tried == [6, 3, 1]
+    with pytest.raises(RuntimeError, match="mat1"):
+        predict(nn.Linear(3, 2), toys.squares(9).images)
+
+
+def test_predict_computes_in_float32_where_logits_are_to_be_compared(monkeypatch):
+    """A logit has three digits in bfloat16: two networks that are the same function seem to differ."""
+    net, images = toys.tiny().eval(), toys.squares(40).images
+    exact = net(images.float() / 255).detach()
+    monkeypatch.setattr("bdlib.training.amp_dtype", lambda device: torch.bfloat16)
+    assert torch.allclose(predict(net, images, amp=False), exact, atol=1e-6)
+    assert not torch.allclose(predict(net, images), exact, atol=1e-5)
+
+
 def test_predict_depends_on_neither_batch_size_nor_number_type(device):
     net, x = toys.trained().to(device), toys.squares(33).images.to(device)
     a = predict(net, x)

@@ -239,7 +239,7 @@ class LIRA:
     def small(cls, target: int = 0) -> "LIRA":
         """For the book's small network on a processor: narrow U-Net, noise that files keep, one batch, no restart."""
         return cls(
-            target, epsilon=0.2, alpha=0.8, portion=0.2, together=True, share=0.2, restart=False, widths=(8, 16, 32),
+            target, epsilon=0.2, alpha=0.9, portion=0.2, together=True, share=0.2, restart=False, widths=(8, 16, 32),
             lr=3e-3,
         )  # fmt: skip
 

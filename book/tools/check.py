@@ -46,6 +46,8 @@ def main() -> int:
         environment.setdefault("MPLBACKEND", "agg")
         # one thread: the bits of a network depend on the number, and the committed outputs were made with one
         environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.setdefault("BDLIB_DTYPE", "float32")  # and in this type, also where the processor has bfloat16
+        environment.setdefault("BDLIB_STRICT", "1")  # a claim that fails is an error
         for stage in chosen:
             print(f"\n== {stage} ==", flush=True)
             start = time.perf_counter()

@@ -90,7 +90,8 @@ def run(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, bool]:
     """Run a notebook on a fresh kernel: the executed notebook, its seconds, whether the store gained a file."""
     from nbclient import NotebookClient
 
-    os.environ.update(TQDM_DISABLE="1", BDLIB_SCALE="small", PYTHONHASHSEED="0")
+    os.environ.update(TQDM_DISABLE="1", BDLIB_SCALE="small", PYTHONHASHSEED="0", BDLIB_STRICT="1")
+    os.environ["BDLIB_DTYPE"] = "float32"  # one number type for the whole book; a chapter runs in bfloat16 as well
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
