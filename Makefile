@@ -41,8 +41,8 @@ execute: $(READY)  ## run all chapters in place, in order, and stamp them
 
 records: $(READY)  ## make the small-scale records that the chapters quote (resumes where it stopped)
 	@echo "records: writing book/results/small, resumable"
-	@BDLIB_DTYPE=$${BDLIB_DTYPE:-float32} $(PY) -m bdlib bench records
-	@BDLIB_DTYPE=$${BDLIB_DTYPE:-float32} $(PY) -m bdlib bench gallery
+	@$(PY) book/tools/pinned.py -m bdlib bench records
+	@$(PY) book/tools/pinned.py -m bdlib bench gallery
 
 clean:  ## remove what was built, keep .venv and the vendored files
 	@echo "clean: removing _build and the tools' caches"

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -48,9 +48,16 @@ if not _cuda():  # the tolerances are float32's; a GPU has some of its own, for 
     os.environ.setdefault("BDLIB_DTYPE", "float32")
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _cuda(), reason="no GPU")])]
-)
+def _devices() -> list[Any]:
+    devices = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _cuda(), reason="no GPU")])]
+    if os.environ.get("BDLIB_PRETEND"):
+        import pretend
+
+        devices.append(pretend.load())
+    return devices
+
+
+@pytest.fixture(params=_devices())
 def device(request: pytest.FixtureRequest) -> str:
     """Every device of this machine, in turn."""
     return request.param

@@ -51,6 +51,20 @@ def test_stamp_is_current(path: Path) -> None:
     )
 
 
+def test_a_claim_that_fails_stops_the_book_and_no_reader(notebook: NotebookNode) -> None:
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert re.search(r"^claims\.tell\(\)", first.source, re.MULTILINE), (
+        "a GPU's other network would stop a reader's run"
+    )
+
+
+def test_draws_are_made_where_the_images_are(notebook: NotebookNode) -> None:
+    """A generator of the processor cannot draw on a GPU; `tests/pretend.py` finds the rest of what a GPU refuses."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "augment(" in cell.source:
+            assert "Generator()" not in cell.source, cell.id
+
+
 def test_no_progress_bar_is_left_on_the_page(notebook: NotebookNode) -> None:
     models = {model["model_name"] for model in states(notebook).values()}
     assert not models & {"FloatProgressModel", "IntProgressModel"}, "an empty box: see NO_BARS in book/tools/execute.py"

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pinned import pin
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs"]
 TWO = ["-n", "2", "--dist", "loadfile"]  # two processes of one thread each; a notebook runs in one of them
@@ -44,10 +46,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bdlib-store-") as store:
         environment = {**os.environ, "BDLIB_STORE": store, "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}
         environment.setdefault("MPLBACKEND", "agg")
-        # one thread: the bits of a network depend on the number, and the committed outputs were made with one
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        environment.setdefault("BDLIB_DTYPE", "float32")  # and in this type, also where the processor has bfloat16
         environment.setdefault("BDLIB_STRICT", "1")  # a claim that fails is an error
+        pin(environment)  # the claims are those of the committed outputs
         for stage in chosen:
             print(f"\n== {stage} ==", flush=True)
             start = time.perf_counter()

@@ -23,6 +23,7 @@ from typing import Any
 
 import nbformat
 import yaml
+from pinned import pin
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = ROOT / "book" / "results" / "notebook_seconds.json"
@@ -36,6 +37,7 @@ MODEL_ID = re.compile(r'(?<=")[0-9a-f]{32}(?=")|(?<=IPY_MODEL_)[0-9a-f]{32}')
 
 def main() -> int:
     """Run or check the chapters; 0 if all went well."""
+    pin()
     parser = argparse.ArgumentParser(description="Run the chapters in order, in place, and stamp them.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="only these; default: all of book/_toc.yml, in order")
     parser.add_argument("--check", action="store_true", help="run nothing, list the notebooks whose stamp is old")
@@ -91,7 +93,6 @@ def run(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, float, bool]:
     from nbclient import NotebookClient
 
     os.environ.update(TQDM_DISABLE="1", BDLIB_SCALE="small", PYTHONHASHSEED="0", BDLIB_STRICT="1")
-    os.environ["BDLIB_DTYPE"] = "float32"  # one number type for the whole book; a chapter runs in bfloat16 as well
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
