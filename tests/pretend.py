@@ -43,15 +43,23 @@ def main() -> int:
     import nbformat
     from nbclient import NotebookClient
 
-    os.environ.update(BDLIB_DEVICE="pretend", BDLIB_DTYPE="float32", BDLIB_STRICT="1", TQDM_DISABLE="1")
+    sys.path.insert(0, str(HERE.parent / "book" / "tools"))
+    from pinned import pin
+
+    pin()  # the claims are those of the committed outputs
+    os.environ.update(BDLIB_DEVICE="pretend", BDLIB_STRICT="1", TQDM_DISABLE="1")
     failed = 0
     for path in map(Path, sys.argv[1:]):
         notebook = nbformat.read(path, as_version=4)
         lines = f"import sys; sys.path.insert(0, {str(HERE)!r}); import pretend; pretend.load()"
         NotebookClient(
-            notebook, timeout=1800, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": "."}},
+            notebook,
+            timeout=1800,
+            kernel_name="python3",
+            allow_errors=True,
             extra_arguments=["--log-level=40", f"--IPKernelApp.exec_lines={lines}"],
-        ).execute()  # fmt: skip
+            resources={"metadata": {"path": str(path.resolve().parent)}},
+        ).execute()
         errors = [
             f"  {cell.id}: {output.ename}: {output.evalue[:200]}"
             for cell in notebook.cells
