@@ -255,7 +255,8 @@ def predict(model: nn.Module, images: Tensor, *, batch: int | None = None, amp: 
 
     Args:
         images: ``(N, C, H, W)``, uint8 or float in [0, 1].
-        amp: bfloat16 where the processor computes it natively; False is float32 everywhere, for comparing logits.
+        amp: bfloat16 where the processor computes it natively; False is float32, for comparing logits (a GPU's
+            convolutions are then in TF32 unless `torch.backends.cudnn.allow_tf32` is False).
         batch: images a pass; by default 5,000 on a GPU, which that many fill, and 250 on a processor, whose caches hold
             no more (1,000 take 1.5 times as long). Halved, with a warning, as often as a GPU runs out of memory.
 

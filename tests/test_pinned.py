@@ -34,7 +34,11 @@ def test_what_is_set_already_stays():
 def test_pinning_changes_only_what_is_missing():
     environment = {"BDLIB_DTYPE": "auto", "HOME": "/"}
     pinned.pin(environment)
-    assert environment == {**pinned.PINNED, "BDLIB_DTYPE": "auto", "HOME": "/"}
+    store = {"BDLIB_STORE": "~/.cache/bdlib/pinned"}  # a network trained in other arithmetic is another network
+    assert environment == {**pinned.PINNED, **store, "BDLIB_DTYPE": "auto", "HOME": "/"}
+    mine = {"BDLIB_STORE": "/mine", "XDG_CACHE_HOME": "/cache"}
+    pinned.pin(mine)
+    assert mine["BDLIB_STORE"] == "/mine"
 
 
 def test_a_failure_is_handed_on():

@@ -22,8 +22,9 @@ PINNED = {
 
 
 def pin(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is not set yet; of this process's own environment before it imports torch."""
-    for name, value in PINNED.items():
+    """Set what is not set yet, before torch is imported; networks trained otherwise stay in another store."""
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    for name, value in {**PINNED, "BDLIB_STORE": f"{cache}/bdlib/pinned"}.items():
         environment.setdefault(name, value)
 
 
