@@ -82,6 +82,16 @@ static void complain(const std::string& op, const Tensor& t) {
   TORCH_CHECK(false, "PRETEND: expected all tensors to be on the same device, but ", op, " got a CPU tensor of shape ", t.sizes());
 }
 
+static void grow(const Tensor& t, IntArrayRef size) {  // in place where the storage has room, as everywhere
+  auto* impl = t.unsafeGetTensorImpl();
+  impl->set_sizes_contiguous(size);
+  size_t bytes = (t.storage_offset() + t.numel()) * t.dtype().itemsize();
+  if (bytes > t.storage().nbytes()) {
+    impl->set_storage_offset(0);
+    impl->set_storage_keep_dtype(Storage(Storage::use_byte_size_t(), bytes, alloc_.allocate(bytes), &alloc_, true));
+  }
+}
+
 static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto name = schema.name();
@@ -136,11 +146,8 @@ static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         const auto* a = schema.arguments()[k].alias_info();
         if (a && a->isWrite() && *a == *alias && originals[k].isTensor()) {
           Tensor o = originals[k].toTensor(), l = lowered[k];
-          if (o.defined() && o.sizes() != l.sizes()) {  // an out= that was resized
-            Tensor u = up(l);
-            o.unsafeGetTensorImpl()->set_storage_keep_dtype(u.storage());
-            o.unsafeGetTensorImpl()->set_sizes_and_strides(u.sizes(), u.strides());
-          } else if (is_out && o.defined()) down(o).copy_(l);
+          if (o.defined() && o.sizes() != l.sizes()) grow(o, l.sizes());
+          if (l.defined() && l.numel() && o.const_data_ptr() != l.const_data_ptr()) down(o).copy_(l);  // an out=
           v = o;
         }
       }
@@ -184,10 +191,8 @@ static Tensor& set_tensor(Tensor& self, const Tensor& t) {
   impl->set_storage_keep_dtype(t.storage()); impl->set_storage_offset(t.storage_offset()); impl->set_sizes_and_strides(t.sizes(), t.strides());
   return self;
 }
-static const Tensor& presize_(const Tensor& self, c10::SymIntArrayRef size, std::optional<MemoryFormat> f) {
-  Tensor fresh = pempty(C10_AS_INTARRAYREF_SLOW(size), self.scalar_type(), {}, {}, {}, f);
-  auto* impl = self.unsafeGetTensorImpl();
-  impl->set_storage_keep_dtype(fresh.storage()); impl->set_storage_offset(0); impl->set_sizes_and_strides(fresh.sizes(), fresh.strides());
+static const Tensor& presize_(const Tensor& self, c10::SymIntArrayRef size, std::optional<MemoryFormat>) {
+  grow(self, C10_AS_INTARRAYREF_SLOW(size));
   return self;
 }
 static Tensor conv(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, c10::SymIntArrayRef s, c10::SymIntArrayRef p, c10::SymIntArrayRef d, bool t, c10::SymIntArrayRef op, c10::SymInt g) {
