@@ -65,9 +65,9 @@ class FC:
     A reconstruction: the benchmark of RNP lists a backdoor "FC" and gives out its victims, but how they were made was
     not found. This is the feature collision of Poison Frogs (Shafahi et al. 2018) aimed at triggered images, as Hidden
     Trigger (Saha et al. 2020) does, and numbers measured with it are numbers of the reconstruction. The collision is
-    made for the features of one network: it is meant for a victim that keeps them and learns its last layer anew (on the
-    small network little comes of that, too: chapter "The attack gallery"), and a victim trained from scratch has others
-    (poisoning-benchmark @ 97a67ae: 0 %). `watermark` is Poison Frogs' way out.
+    made for the features of one network: it is meant for a victim that keeps them and learns its last layer anew (on
+    the small network little comes of that, too: chapter "The attack gallery"), and a victim trained from scratch has
+    others (poisoning-benchmark @ 97a67ae: 0 %). `watermark` is Poison Frogs' way out.
 
     Args:
         target: the class whose images are poisoned, and that the patch later brings about.
