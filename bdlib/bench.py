@@ -165,6 +165,8 @@ def cells(target: int) -> list[Cell]:
     for name, attack in known.items():
         add("attacks", {"attack": name}, attack, None)
     add("attacks", {"attack": "Refool", "preset": "official"}, attacks.Refool.official(target), None)
+    for part, value in {"watermark": 0.0, "epsilon": 0.0, "size": None}.items():
+        add("fc-parts", {"attack": "FC", "without": part}, replace(known["FC"], **{part: value}), None)
     for name in ("CL", "SSBA", "InputAware", "AdaptiveBlend"):  # clean label, per image, own training, adaptive
         for defence in (NAD.small(), ANP.small(), RNP.small(), NPD.small(), MNP.small()):
             add("defences-more", {"attack": name, "defence": type(defence).__name__}, known[name], defence)
