@@ -148,8 +148,11 @@ PRESETS = {
     "smoke": Matrix(("digits",), ("small",), ("badnets", "blend"), defences=("none", "ft", "rnp"),
                     clean=("20/class",), epochs=4),
     "cpu": Matrix(networks=("small",), attacks=("none", "badnets", "blend"), epochs=8, batch=128, lr=0.1),
-    "cpu-attacks": Matrix(networks=("small",), attacks=("badnets:official", "wanet", "wanet:small", "refool",
-                          "input-aware:small", "dynamic:small"), defences=("none", "anp"), epochs=8, batch=128, lr=0.1),
+    "cpu-attacks": Matrix(networks=("small",), attacks=(
+                          "badnets:official", "trojan", "trojan-patch", "cl:small", "sig", "refool", "refool:official",
+                          "input-aware:small", "dynamic:small", "wanet", "wanet:small", "lf:small", "ssba:small",
+                          "fc:small", "dfst:small", "lira:small", "a-blend", "a-patch", "bpp:small"),
+                          defences=("none", "anp"), epochs=8, batch=128, lr=0.1),
     "chapter": Matrix(curves=True),
     "paper": Matrix(attacks=("none", *ALL_ATTACKS), rates=(0.1,), clean=("5%",)),
     "gtsrb": Matrix(("gtsrb",), attacks=("none", "badnets", "blend", "sig", "input-aware", "wanet", "bpp"),

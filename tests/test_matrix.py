@@ -77,6 +77,8 @@ def test_presets_are_as_large_as_they_say():
     assert len(PRESETS["chapter"].attacks) == 1 and set(PRESETS["chapter"].defences) == set(ALL_DEFENCES)
     assert PRESETS["gtsrb"].datasets == ("gtsrb",) and len(PRESETS["low-data"].clean) >= 3
     assert {c.network for p in ("smoke", "cpu") for c in PRESETS[p].cells()} == {"small"}  # no GPU, no hours
+    on_cpu = {c.attack.partition(":")[0] for p in ("cpu", "cpu-attacks") for c in PRESETS[p].cells()}
+    assert on_cpu == {"none", *ALL_ATTACKS}
     assert PRESETS["smoke"].datasets == ("digits",) and len(PRESETS["smoke"].cells()) <= 8  # nothing to download
 
 
