@@ -25,7 +25,7 @@ def test_a_setting_is_one_row_with_the_mean_over_its_seeds(published):
     other = CELL | {"seed": 1, "after": {"acc": 0.60, "asr": 0.1}, "seconds": 20.0}
     lines = recordext.table([CELL, other], published, "ft")
     ours = [line for line in lines if "small network" in line]
-    assert ours == ["| CIFAR-10, the small network (2 seeds) | BadNets | 500 | 80.0 | 65.0 | 100.0 | 30.0 | 15 |"]
+    assert ours == ["| BadNets | CIFAR-10, small network (2 seeds) | 500 | 80.0 → 65.0 | 100.0 → 30.0 | 15 |"]
 
 
 def test_published_rows_of_the_same_data_attack_and_method_stand_below(published):
@@ -36,7 +36,7 @@ def test_published_rows_of_the_same_data_attack_and_method_stand_below(published
     ]
     assert len(quoted) == len(wanted) == 2
     for line, p in zip(quoted, wanted, strict=True):
-        assert f"| {p['acc']} |" in line and f"| {p['asr']} |" in line and p["cite"] in line
+        assert f"| → {p['acc']} |" in line and f"| → {p['asr']} |" in line and p["cite"] in line
         assert "| 2,500 |" in line and p["clean_budget"] == "5 % of the training set (2,500 images)"
     assert len({line.count("|") for line in lines}) == 1
     assert not recordext.published_rows(CELL | {"dataset": "signs"}, published)
@@ -45,14 +45,14 @@ def test_published_rows_of_the_same_data_attack_and_method_stand_below(published
 
 def test_victims_show_no_repair(published):
     line = recordext.table([VICTIM, VICTIM | {"attack": "none", "before": {"acc": 0.9}}], published, "")
-    assert "| CIFAR-10, the small network | BadNets | 80.0 | 100.0 | 99 |" in line
-    assert "| CIFAR-10, the small network | clean training | 90.0 |  | 99 |" in line
+    assert "| BadNets | CIFAR-10, small network | 80.0 | 100.0 | 99 |" in line
+    assert "| clean training | CIFAR-10, small network | 90.0 |  | 99 |" in line
     assert len({text.count("|") for text in line}) == 1  # published rows have as many columns
 
 
 def test_attacks_stand_in_their_order_and_published_rows_below_the_usual_setting(published):
     rows = [VICTIM | {"attack": a} for a in ("blend", "badnets:official", "badnets")]
-    titles = [line.split(" | ")[1] for line in recordext.table(rows, published, "")[2:]]
+    titles = [line.split(" | ")[0][2:] for line in recordext.table(rows, published, "")[2:]]
     assert titles == ["BadNets"] * 3 + ["BadNets, official"] + ["Blend"] * 3
 
 

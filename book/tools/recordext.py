@@ -48,8 +48,11 @@ def published_rows(record: Record, published: list[Record]) -> list[Record]:
     return [p for p in found["published"] if p["id"].startswith(("leaderboard", "ftsam")) and p["poison_rate"] == 10]
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def _score(rows: list[Record], key: str, parts: tuple[str, ...]) -> str:
+    """The mean in per cent, before → after a repair; empty where a record has none."""
+    if not all(key in r.get(part, {}) for r in rows for part in parts):
+        return ""
+    return " → ".join(f"{100 * mean(r[part][key] for r in rows):.1f}" for part in parts)
 
 
 def _line(*entries: object) -> str:
@@ -62,36 +65,22 @@ def table(rows: list[Record], published: list[Record], defence: str) -> list[str
     known = ["none", *ATTACKS]  # the order of the attacks, each in its usual setting first
     for r in sorted(rows, key=lambda r: (not on_gpu(r), known.index(r["attack"].partition(":")[0]), r["attack"])):
         groups[r["dataset"], r["network"], r["attack"], r["rate"], r["defence"], r["clean"], r["device"]].append(r)
-    if defence:
-        head = [
-            "data, network",
-            "attack",
-            "clean images",
-            "ACC before, %",
-            "after",
-            "ASR before, %",
-            "after",
-            "seconds",
-        ]
-    else:
-        head = ["data, network", "attack", "ACC, %", "ASR, %", "seconds of training"]
+    head = ["attack", "data, network", *(["clean images"] if defence else []), "ACC, %", "ASR, %"]
+    head.append("seconds" if defence else "seconds of training")
     lines, quoted = [_line(*head), _line(*["---"] * len(head))], set()
     for (dataset, network, attack, *_), found in groups.items():
         method = attack.partition(":")[0]
         title = ATTACKS.get(method, "clean training") + attack[len(method) :].replace(":", ", ")
-        scores = [
-            _percent(mean(r[part][key] for r in found)) if all(key in r.get(part, {}) for r in found) else ""
-            for key in ("acc", "asr") for part in (("before", "after") if defence else ("before",))
-        ]  # fmt: skip
-        data = f"{others.DATASETS.get(dataset, dataset)}, {others.NETWORKS.get(network, f'the {network} network')}"
+        data = f"{others.DATASETS.get(dataset, dataset)}, {others.NETWORKS.get(network, f'{network} network')}"
         seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
         took = f"{mean(r['seconds' if defence else 'train_seconds'] for r in found):.0f}"
-        lines.append(_line(data + seeds, title, *([found[0]["clean_images"]] if defence else []), *scores, took))
+        scores = [_score(found, key, ("before", "after") if defence else ("before",)) for key in ("acc", "asr")]
+        lines.append(_line(title, data + seeds, *([found[0]["clean_images"]] if defence else []), *scores, took))
         for p in published_rows(found[0], published):
             if p["id"] not in quoted:
                 quoted.add(p["id"])
-                theirs = [_budget(p), "", p["acc"], "", p["asr"]] if defence else [p["acc"], p["asr"]]
-                lines.append(_line(f"*{p['network']}* {{cite:p}}`{p['cite']}`", ATTACKS[method], *theirs, ""))
+                theirs = [_budget(p), f"→ {p['acc']}", f"→ {p['asr']}"] if defence else [p["acc"], p["asr"]]
+                lines.append(_line(ATTACKS[method], f"*{p['network']}* {{cite:p}}`{p['cite']}`", *theirs, ""))
     return lines
 
 
