@@ -25,7 +25,8 @@ def test_a_setting_is_one_row_with_the_mean_over_its_seeds(published):
     other = CELL | {"seed": 1, "after": {"acc": 0.60, "asr": 0.1}, "seconds": 20.0}
     lines = recordext.table([CELL, other], published, "ft")
     ours = [line for line in lines if "small network" in line]
-    assert ours == ["| BadNets | CIFAR-10, small network (2 seeds) | 500 | 80.0 → 65.0 | 100.0 → 30.0 | 15 |"]
+    wanted = "| BadNets | CIFAR-10, small network (2 seeds) | 500 | 80.0 → 65.0 | 100.0 → 30.0 | 15 |"
+    assert [line.replace("\u00a0", " ") for line in ours] == [wanted]
 
 
 def test_published_rows_of_the_same_data_attack_and_method_stand_below(published):
@@ -36,7 +37,7 @@ def test_published_rows_of_the_same_data_attack_and_method_stand_below(published
     ]
     assert len(quoted) == len(wanted) == 2
     for line, p in zip(quoted, wanted, strict=True):
-        assert f"| → {p['acc']} |" in line and f"| → {p['asr']} |" in line and p["cite"] in line
+        assert f"| →\u00a0{p['acc']} |" in line and f"| →\u00a0{p['asr']} |" in line and p["cite"] in line
         assert "| 2,500 |" in line and p["clean_budget"] == "5 % of the training set (2,500 images)"
     assert len({line.count("|") for line in lines}) == 1
     assert not recordext.published_rows(CELL | {"dataset": "signs"}, published)

@@ -28,6 +28,7 @@ from bdlib import published as others
 from bdlib.names import ATTACKS, DEFENCES
 
 RESULTS = Path("book/results")
+ARROW = "\u00a0→\u00a0"  # does not break
 Record = dict[str, Any]
 
 
@@ -52,7 +53,7 @@ def _score(rows: list[Record], key: str, parts: tuple[str, ...]) -> str:
     """The mean in per cent, before → after a repair; empty where a record has none."""
     if not all(key in r.get(part, {}) for r in rows for part in parts):
         return ""
-    return " → ".join(f"{100 * mean(r[part][key] for r in rows):.1f}" for part in parts)
+    return ARROW.join(f"{100 * mean(r[part][key] for r in rows):.1f}" for part in parts)
 
 
 def _line(*entries: object) -> str:
@@ -79,7 +80,8 @@ def table(rows: list[Record], published: list[Record], defence: str) -> list[str
         for p in published_rows(found[0], published):
             if p["id"] not in quoted:
                 quoted.add(p["id"])
-                theirs = [_budget(p), f"→ {p['acc']}", f"→ {p['asr']}"] if defence else [p["acc"], p["asr"]]
+                after = ARROW.lstrip() if defence else ""
+                theirs = [*([_budget(p)] if defence else []), f"{after}{p['acc']}", f"{after}{p['asr']}"]
                 lines.append(_line(ATTACKS[method], f"*{p['network']}* {{cite:p}}`{p['cite']}`", *theirs, ""))
     return lines
 
