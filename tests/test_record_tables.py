@@ -24,8 +24,8 @@ def published():
 def test_a_setting_is_one_row_with_the_mean_over_its_seeds(published):
     other = CELL | {"seed": 1, "after": {"acc": 0.60, "asr": 0.1}, "seconds": 20.0}
     lines = recordext.table([CELL, other], published, "ft")
-    ours = [line for line in lines if "small network" in line]
-    wanted = "| BadNets | CIFAR-10, small network (2 seeds) | 500 | 80.0 → 65.0 | 100.0 → 30.0 | 15 |"
+    ours = [line for line in lines if "small" in line]
+    wanted = "| BadNets | small (2 seeds) | 500 | 80.0 → 65.0 | 100.0 → 30.0 | 15 |"
     assert [line.replace("\u00a0", " ") for line in ours] == [wanted]
 
 
@@ -46,8 +46,11 @@ def test_published_rows_of_the_same_data_attack_and_method_stand_below(published
 
 def test_victims_show_no_repair(published):
     line = recordext.table([VICTIM, VICTIM | {"attack": "none", "before": {"acc": 0.9}}], published, "")
-    assert "| BadNets | CIFAR-10, small network | 80.0 | 100.0 | 99 |" in line
-    assert "| clean training | CIFAR-10, small network | 90.0 |  | 99 |" in line
+    assert "| BadNets | small | 80.0 | 100.0 | 99 |" in line
+    assert "| clean training | small | 90.0 |  | 99 |" in line
+    assert "| network, on CIFAR-10 |" in line[0]
+    both = recordext.table([VICTIM, VICTIM | {"dataset": "signs"}], published, "")
+    assert "| data, network |" in both[0] and any("| signs, small |" in text for text in both)
     assert len({text.count("|") for text in line}) == 1  # published rows have as many columns
 
 

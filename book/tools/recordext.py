@@ -66,17 +66,21 @@ def table(rows: list[Record], published: list[Record], defence: str) -> list[str
     known = ["none", *ATTACKS]  # the order of the attacks, each in its usual setting first
     for r in sorted(rows, key=lambda r: (not on_gpu(r), known.index(r["attack"].partition(":")[0]), r["attack"])):
         groups[r["dataset"], r["network"], r["attack"], r["rate"], r["defence"], r["clean"], r["device"]].append(r)
-    head = ["attack", "data, network", *(["clean images"] if defence else []), "ACC, %", "ASR, %"]
+    data = {others.DATASETS.get(r["dataset"], r["dataset"]) for r in rows}
+    where = f"network, on {min(data)}" if len(data) == 1 else "data, network"
+    head = ["attack", where, *(["clean images"] if defence else []), "ACC, %", "ASR, %"]
     head.append("seconds" if defence else "seconds of training")
     lines, quoted = [_line(*head), _line(*["---"] * len(head))], set()
     for (dataset, network, attack, *_), found in groups.items():
         method = attack.partition(":")[0]
         title = ATTACKS.get(method, "clean training") + attack[len(method) :].replace(":", ", ")
-        data = f"{others.DATASETS.get(dataset, dataset)}, {others.NETWORKS.get(network, f'{network} network')}"
+        place = others.NETWORKS.get(network, network)
+        if len(data) > 1:
+            place = f"{others.DATASETS.get(dataset, dataset)}, {place}"
         seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
         took = f"{mean(r['seconds' if defence else 'train_seconds'] for r in found):.0f}"
         scores = [_score(found, key, ("before", "after") if defence else ("before",)) for key in ("acc", "asr")]
-        lines.append(_line(title, data + seeds, *([found[0]["clean_images"]] if defence else []), *scores, took))
+        lines.append(_line(title, place + seeds, *([found[0]["clean_images"]] if defence else []), *scores, took))
         for p in published_rows(found[0], published):
             if p["id"] not in quoted:
                 quoted.add(p["id"])
