@@ -106,9 +106,8 @@ def test_an_image_decides_for_itself(attack, device):
     assert torch.equal(x, before) and out.shape == x.shape and out.dtype == x.dtype and out.device == x.device
     assert float(out.min()) >= 0 and float(out.max()) <= 1 and (out != x).flatten(1).any(1).all()
     alone = torch.cat([trigger(x[:7]), trigger(x[7:])])
-    assert torch.equal(alone, out) if device == "cpu" else torch.allclose(alone, out, atol=1e-6)
-    assert torch.equal(trigger(x.flip(0)).flip(0), out)
-    assert torch.equal(trigger(x.contiguous(memory_format=torch.channels_last)), out)
+    others = alone, trigger(x.flip(0)).flip(0), trigger(x.contiguous(memory_format=torch.channels_last))
+    assert all(torch.allclose(y, out, atol=1e-6) for y in others)  # wide registers round the rest of a row differently
     assert torch.equal(attack.trigger((3, 12, 12), 4, seed=9).to(device)(x), out)  # nothing hangs on a run's seed
     stamped = trigger.stamp((x * 255).round().to(torch.uint8))
     assert (stamped.int() - (out * 255).round().int()).abs().max() <= 1
