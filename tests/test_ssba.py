@@ -8,6 +8,7 @@ import torch
 import toys
 
 from bdlib.attacks.ssba import SSBA, Decoder, Encoder, Hidden, _Hiding, quality
+from bdlib.gallery import sheets
 from bdlib.metrics import evaluate
 from bdlib.training import fit
 
@@ -70,6 +71,8 @@ def test_every_image_has_a_residual_of_its_own(poisoned):
     residual = poisoned.trigger(x) - x
     assert float(residual.abs().max()) <= 0.1 + 1e-6  # tanh bounds it
     assert correlation(residual) < 0.95  # 0.54 to 0.92 on three kinds of arithmetic, toys being alike
+    sheet = sheets()["SSBA"]  # the book's own, on signs: the specification's bound
+    assert correlation(sheet.triggered.float() - sheet.clean.float()) < 0.9
     assert correlation(residual[:1].expand(10, -1, -1, -1)) == pytest.approx(1)  # a fixed pattern would have 1
 
 
